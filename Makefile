@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up, in .venv, on a machine with python3, gcc and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
+
+.PHONY: demo test lint types contracts unit bench guests clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/guestmem demo
+
+test: lint types contracts unit
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+contracts: $(VENV)/.installed
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.installed
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench
+
+# Rebuilds the guest program that the package ships, with the machine's gcc.
+guests: examples/guests/demo.c examples/guests/guest.ld
+	examples/guests/build.sh src/guestmem/cli/demo.elf
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

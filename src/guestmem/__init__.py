@@ -1,0 +1,1 @@
+"""guestmem: guest_memfd as its long-term design has it, running in user space."""
