@@ -1,0 +1,31 @@
+"""The coroutine core: tasks, the primitives they wait on, and the policy that decides who runs.
+
+Every `await` in guestmem ends here. Serving and scripts run under `Fifo`; a checker hands in its own `Policy`.
+"""
+
+from guestmem.sched.counts import RefCount, SeqCount
+from guestmem.sched.fingerprint import fingerprint
+from guestmem.sched.lock_order import LockClass, LockOrderViolation
+from guestmem.sched.locks import Lock, RwLock
+from guestmem.sched.policy import Fifo, Policy
+from guestmem.sched.scheduler import Deadlock, Operation, Scheduler, Task
+from guestmem.sched.srcu import Srcu
+from guestmem.sched.waitqueue import WaitQueue
+
+__all__ = [
+    "Deadlock",
+    "Fifo",
+    "Lock",
+    "LockClass",
+    "LockOrderViolation",
+    "Operation",
+    "Policy",
+    "RefCount",
+    "RwLock",
+    "Scheduler",
+    "SeqCount",
+    "Srcu",
+    "Task",
+    "WaitQueue",
+    "fingerprint",
+]

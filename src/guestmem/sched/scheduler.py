@@ -1,0 +1,268 @@
+"""Tasks and the loop that runs them: the place where every schedule of guestmem is made.
+
+A task is a coroutine. It gives the processor away only by parking on an `Operation`: what it will do next, and
+whether it can do it now. The loop asks the policy for one of the tasks that can, and resumes it; the resumed task does
+its operation at once and runs to its next one. So between two awaits nothing else runs, and the source itself shows
+where another CPU may come in.
+
+Two consequences carry the explorer: a schedule is the list of the policy's choices, and before each choice the next
+operation of every task is known. Readiness is asked, not signalled: with the few dozen tasks there are, a scan is
+cheaper to understand than wake-up lists and cannot lose one. (`WaitQueue` does model lost wake-ups, since the kernel
+can have them.)
+
+After Trio's and Loom's schedulers; unlike Trio there is no I/O here, unlike Loom no thread.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, TypeVar
+
+from guestmem.sched.lock_order import LockClass, LockOrderViolation
+from guestmem.sched.policy import Fifo, Policy
+
+T = TypeVar("T")
+
+
+class Operation:
+    """What a parked task does next.
+
+    `kind` is a verb of the sched room ("lock", "preempt", ...), `subject` the thing it is done to (a lock, a label),
+    `ready` tells whether it can be done now and has no side effect.
+    """
+
+    __slots__ = ("kind", "ready", "subject")
+
+    def __init__(self, kind: str, subject: object, ready: Callable[[], bool]) -> None:
+        self.kind = kind
+        self.subject = subject
+        self.ready = ready
+
+    def __repr__(self) -> str:
+        return f"{self.kind} {self.subject}"
+
+
+def always() -> bool:
+    return True
+
+
+class HeldLock:
+    """What `Task.held` contains: a lock as its holder knows it."""
+
+    __slots__ = ("lock_class", "name")
+
+    def __init__(self, lock_class: LockClass, name: str) -> None:
+        self.lock_class = lock_class
+        self.name = name
+
+
+class Task(Generic[T]):
+    """A coroutine under the scheduler's rule.
+
+    `held` are the locks that the task holds, outermost first. `operation` is what it is parked on; a task that runs or
+    has ended has none. `signal_pending` is set by whoever sends it a signal; long operations look at it and stop.
+    """
+
+    __slots__ = (
+        "_error",
+        "_result",
+        "coroutine",
+        "done",
+        "held",
+        "id",
+        "joined",
+        "name",
+        "operation",
+        "signal_pending",
+    )
+
+    def __init__(self, number: int, name: str, coroutine: Coroutine[Operation, None, T]) -> None:
+        self.id = number
+        self.name = name
+        self.coroutine = coroutine
+        self.operation: Operation | None = None
+        self.held: list[HeldLock] = []
+        self.done = False
+        self.joined = False
+        self.signal_pending = False
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+    def __repr__(self) -> str:
+        return f"<Task {self.id} {self.name}: {'done' if self.done else self.operation or 'running'}>"
+
+    def take(self, lock: HeldLock) -> None:
+        self.held.append(lock)
+
+    def drop(self, lock: HeldLock) -> None:
+        held = self.held
+        if held and held[-1] is lock:
+            held.pop()
+        else:
+            held.remove(lock)
+
+    def check_order(self, lock: HeldLock) -> None:
+        """Raise LockOrderViolation unless `lock` comes after all that the task holds (S17)."""
+        held = self.held
+        if held and held[-1].lock_class >= lock.lock_class:
+            raise LockOrderViolation(self.name, lock.name, [h.name for h in held])
+
+    def might_lock(self, lock_class: LockClass) -> None:
+        """Raise LockOrderViolation if a lock of this class could not be taken here. Source: lockdep's might_lock()."""
+        held = self.held
+        if held and held[-1].lock_class >= lock_class:
+            raise LockOrderViolation(self.name, f"(maybe) {lock_class.name}", [h.name for h in held])
+
+    def outcome(self) -> T:
+        """The coroutine's result, or its exception raised here."""
+        self.joined = True
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+
+class Deadlock(AssertionError):
+    """No task can go on and some are waiting (property L5)."""
+
+    def __init__(self, waiting: list[Task[Any]]) -> None:
+        self.waiting = waiting
+        lines = []
+        for task in waiting:
+            holding = ", ".join(lock.name for lock in task.held) or "nothing"
+            lines.append(f"{task.name} waits for {task.operation}, holding {holding}")
+        super().__init__("deadlock: " + "; ".join(lines))
+
+
+@types.coroutine
+def park(operation: Operation) -> Generator[Operation, None, None]:
+    """Give the processor away; returns when the policy chose this task and `operation` is ready."""
+    yield operation
+
+
+class Scheduler:
+    """The loop. One for each Host; every lock, count and queue of that Host belongs to it."""
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy: Policy = policy if policy is not None else Fifo()
+        self.explores = self.policy.explores
+        self.current: Task[Any] | None = None
+        self.parked: list[Task[Any]] = []
+        self.steps = 0
+        self.observers: list[Callable[[Task[Any]], None]] = []
+        self._next_id = 0
+
+    # Tasks
+
+    def spawn(self, coroutine: Coroutine[Any, None, T], name: str) -> Task[T]:
+        """A new task, parked before its first line."""
+        task = Task(self._next_id, name, coroutine)
+        self._next_id += 1
+        task.operation = Operation("start", name, always)
+        self.parked.append(task)
+        return task
+
+    async def join(self, task: Task[T]) -> T:
+        """Wait until `task` has ended; its result, or its exception."""
+        task.joined = True
+        if self.explores or not task.done:
+            await park(Operation("join", task.name, lambda: task.done))
+        return task.outcome()
+
+    # Points where others may run
+
+    async def preempt(self, label: str) -> None:
+        """A place where the kernel could be interrupted. Under fifo nothing happens."""
+        if self.explores:
+            await park(Operation("preempt", label, always))
+
+    async def cond_resched(self, label: str) -> None:
+        """Let every other ready task run first, in every mode. Named after the kernel's."""
+        if self.explores or self.parked:
+            await park(Operation("resched", label, always))
+
+    def fails(self, step: str) -> bool:
+        """Whether the policy wants the fallible `step` (an allocation, a copy) to fail here."""
+        return self.explores and self.policy.fails(self._running(), step)
+
+    @property
+    def signal_pending(self) -> bool:
+        """Whether the running task was sent a signal."""
+        return self._running().signal_pending
+
+    # The loop
+
+    def step(self) -> bool:
+        """Resume one ready task up to its next operation. False if none is ready."""
+        ready = [task for task in self.parked if task.operation.ready()]  # type: ignore[union-attr]
+        if not ready:
+            return False
+        task = self.policy.choose(ready)
+        self.parked.remove(task)
+        self._resume(task)
+        return True
+
+    def run(self, coroutine: Coroutine[Any, None, T], name: str = "script") -> T:
+        """The blocking facade: run `coroutine` as a task until it ends, others when it waits; its result.
+
+        Raises: Deadlock when it waits and nobody can go on; what `coroutine` raises; RuntimeError inside a task.
+        """
+        if self.current is not None:
+            coroutine.close()
+            raise RuntimeError(f"blocking call inside task {self.current.name!r}: await it")
+        task = self.spawn(coroutine, name)
+        if not self.explores:  # fifo: the caller is the task that runs, until it must wait
+            self.parked.pop()
+            self._resume(task)
+        while not task.done:
+            if not self.step():
+                raise Deadlock(list(self.parked))
+        return task.outcome()
+
+    def drain(self) -> None:
+        """Run until no task is ready. Raises Deadlock if some then still wait."""
+        while self.step():
+            pass
+        if self.parked:
+            raise Deadlock(list(self.parked))
+
+    def close(self) -> None:
+        """Unwind the tasks that are left, as a killed process leaves the kernel: their locks are released."""
+        while self.parked:
+            task = self.parked.pop()
+            self.current = task
+            try:
+                task.coroutine.close()
+            finally:
+                self.current = None
+            task.done = True
+
+    def _running(self) -> Task[Any]:
+        if self.current is None:
+            raise RuntimeError("outside a task: use Scheduler.run")
+        return self.current
+
+    def _resume(self, task: Task[Any]) -> None:
+        self.current = task
+        task.operation = None
+        self.steps += 1
+        try:
+            task.operation = task.coroutine.send(None)
+        except StopIteration as end:
+            task.done = True
+            task._result = end.value
+        except Exception as error:
+            task.done = True
+            task._error = error
+        else:
+            self.parked.append(task)
+        finally:
+            self.current = None
+        if task.done and task.held and not task.failed:
+            raise AssertionError(f"task {task.name!r} ended holding {', '.join(lock.name for lock in task.held)}")
+        for observer in self.observers:
+            observer(task)
