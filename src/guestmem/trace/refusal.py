@@ -12,6 +12,8 @@ import errno as _errno
 EHWPOISON = 133
 """Memory page has hardware error (asm-generic/errno.h). Python's errno module lacks it."""
 
+_NAMES = {EHWPOISON: "EHWPOISON", _errno.EOPNOTSUPP: "EOPNOTSUPP"}  # Python says ENOTSUP for the latter
+
 
 class Refusal(OSError):
     """An operation that was refused, and left everything as it was.
@@ -38,8 +40,8 @@ def _rebuild(errno: int, rule: str, facts: dict[str, object]) -> Refusal:
 
 def errno_name(number: int | None) -> str:
     """EINVAL for 22; the number itself where there is no name."""
-    if number == EHWPOISON:
-        return "EHWPOISON"
+    if number in _NAMES:
+        return _NAMES[number]
     return _errno.errorcode.get(number, str(number)) if number is not None else "?"
 
 
