@@ -25,8 +25,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple, Protocol
 
 from pyroaring import BitMap64
 
@@ -66,6 +66,19 @@ class Abilities:
     convertible: bool
 
 
+class Owner(Protocol):
+    """The virtual machine that memory belongs to; all that the provider knows of it. Held until the memory is gone."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Compared, never looked into (R28)."""
+        ...
+
+    def get(self) -> None: ...
+
+    def put(self) -> None: ...
+
+
 class Page(NamedTuple):
     """What a fault gives: page number, order of the largest mapping, the server's address of the 4K page, and the
     window (base, size in bytes) of the server's memory that this address is in."""
@@ -93,8 +106,8 @@ class InodeStatistics:
 class Inode:
     """The memory of one guest_memfd. Held by its files (views); destroyed with the last.
 
-    `number` is the inode number, `size` is in bytes and immutable, `owner` identifies the virtual machine and is only
-    ever compared, `order` is that of every folio.
+    `number` is the inode number, `size` is in bytes and immutable, `order` is that of every folio. `owner` is held
+    until every page has gone back: memory never outlives its virtual machine (R23).
     """
 
     allocate_batch = 512
@@ -110,7 +123,7 @@ class Inode:
         number: int,
         size: int,
         abilities: Abilities,
-        owner: object = None,
+        owner: Owner | None = None,
         order: int = 0,
     ) -> None:
         assert size > 0 and not size & ((PAGE_SIZE << order) - 1), "the creator checks the size"
@@ -119,6 +132,8 @@ class Inode:
         self.pages = size >> PAGE_SHIFT
         self.abilities = abilities
         self.owner = owner
+        if owner is not None:
+            owner.get()
         self.order = order
         self.invalidate_lock = RwLock(scheduler, LockClass.INVALIDATE_LOCK, f"invalidate_lock inode {number}")
         self.attributes: Attributes[PageIndex] = Attributes(
@@ -365,7 +380,7 @@ class Inode:
             return True
 
     async def _destroy(self) -> None:
-        """The last file is gone: whoever is still registered is told, then every page goes back."""
+        """The last file is gone: whoever is still registered is told, every page goes back, and then the owner does."""
         everything = Range(PageIndex(0), PageIndex(self.pages))
         async with (
             self.invalidate_lock.exclusive,
@@ -376,6 +391,8 @@ class Inode:
         self.users.registrations.clear()
         self.backing.close()
         self.destroyed = True
+        if self.owner is not None:
+            self.owner.put()
         if self._tracer.enabled:
             self._tracer.emit(event.GmemDestroy(self.number))
 

@@ -126,6 +126,10 @@ class Task(Generic[T]):
         return self._error is not None
 
 
+class TaskKilled(BaseException):
+    """Thrown into the tasks that are left when their scheduler closes."""
+
+
 class Deadlock(AssertionError):
     """No task can go on and some are waiting (property L5)."""
 
@@ -231,31 +235,36 @@ class Scheduler:
             raise Deadlock(list(self.parked))
 
     def close(self) -> None:
-        """Unwind the tasks that are left, as a killed process leaves the kernel: their locks are released."""
-        while self.parked:
-            task = self.parked.pop()
-            self.current = task
-            try:
-                task.coroutine.close()
-            finally:
-                self.current = None
-            task.done = True
+        """Kill the tasks that are left: each unwinds as a killed process leaves the kernel, giving back what it holds.
+
+        Under fifo from now on, whatever the policy was. Tasks that deadlock even so are dropped where they are.
+        """
+        self.policy = Fifo()
+        self.explores = False
+        for task in list(self.parked):
+            self.parked.remove(task)
+            self._resume(task, TaskKilled())
+        while self.step():
+            pass
+        for task in self.parked:
+            task.coroutine.close()
+        self.parked.clear()
 
     def _running(self) -> Task[Any]:
         if self.current is None:
             raise RuntimeError("outside a task: use Scheduler.run")
         return self.current
 
-    def _resume(self, task: Task[Any]) -> None:
+    def _resume(self, task: Task[Any], killed: TaskKilled | None = None) -> None:
         self.current = task
         task.operation = None
         self.steps += 1
         try:
-            task.operation = task.coroutine.send(None)
+            task.operation = task.coroutine.throw(killed) if killed else task.coroutine.send(None)
         except StopIteration as end:
             task.done = True
             task._result = end.value
-        except Exception as error:
+        except (Exception, TaskKilled) as error:
             task.done = True
             task._error = error
         else:
