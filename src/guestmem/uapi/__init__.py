@@ -1,0 +1,4 @@
+"""The binary interface as data: numbers, structures, rules, and one table for each ABI level.
+
+Imports nothing of ours.
+"""

@@ -1,0 +1,35 @@
+"""ABI levels: what a kernel of that age has. A level is data; the code asks for the feature, never for the name.
+
+Source: spec/uapi.md section 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AbiLevel:
+    """`mmap`: GUEST_MEMFD_FLAG_MMAP and INIT_SHARED exist. `in_place`: pages carry their access in the file and are
+    converted there; otherwise the VM has attributes by guest frame. `overlap_errno`: for a file range that is bound
+    already. `signed_range_end`: the end of a bound file range is compared as a signed number (known bug B04)."""
+
+    name: str
+    mmap: bool
+    in_place: bool
+    overlap_errno: int
+    signed_range_end: bool
+
+
+LEVELS: dict[str, AbiLevel] = {
+    level.name: level
+    for level in (
+        AbiLevel("v6.12", mmap=False, in_place=False, overlap_errno=errno.EINVAL, signed_range_end=True),
+        AbiLevel("v6.18", mmap=True, in_place=False, overlap_errno=errno.EINVAL, signed_range_end=True),
+        AbiLevel("v7.3", mmap=True, in_place=False, overlap_errno=errno.EEXIST, signed_range_end=False),
+        AbiLevel("v7.4", mmap=True, in_place=True, overlap_errno=errno.EEXIST, signed_range_end=False),
+        AbiLevel("future", mmap=True, in_place=True, overlap_errno=errno.EEXIST, signed_range_end=False),
+    )
+}
+FUTURE = LEVELS["future"]

@@ -1,0 +1,145 @@
+"""Every rule by which guestmem refuses: what a caller broke, where the check stands, and where it comes from.
+
+`order` is the position of the check within its call, as the kernel makes them; rules of one call with the same order
+cannot both be broken. `levels` names the ABI levels that have the rule, "" for all. A test holds this table against the
+places that raise: no rule without an entry, no entry without a rule, the same errno in both.
+
+Marks of the sources: [M] merged in Linux, [P] proposed on the list, [I] inferred by us, [O] observed on Linux 6.18.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """`errnos` are names, since one rule may have another errno at another level."""
+
+    name: str
+    errnos: tuple[str, ...]
+    call: str
+    order: int
+    text: str
+    source: str
+    levels: str = ""
+
+
+_CREATE = "KVM_CREATE_GUEST_MEMFD"
+_REGION = "KVM_SET_USER_MEMORY_REGION2"
+_ATTRIBUTES = "KVM_SET_MEMORY_ATTRIBUTES"
+_ATTRIBUTES2 = "KVM_SET_MEMORY_ATTRIBUTES2"
+_FALLOCATE = "fallocate"
+_MMAP = "mmap"
+_PREFAULT = "KVM_PRE_FAULT_MEMORY"
+_FAULT = "fault"
+_IN_PLACE = "v7.4 future"
+
+_TABLE = (
+    # Any ioctl
+    Rule("fd.not_open", ("EBADF",), "any", 1, "the descriptor is not open", "fdget() [O R51 R52]"),
+    Rule("ioctl.other_mm", ("EIO",), "any", 2, "the VM was made in another address space", "kvm_vm_ioctl [O S4]"),
+    Rule("ioctl.unknown", ("ENOTTY", "EINVAL"), "any", 3, "this file has no such ioctl", "uapi.md 2 [O K1 G44]"),
+    Rule("user.copy", ("EFAULT",), "any", 4, "the argument cannot be read or written", "copy_from_user [O N24 R64]"),
+    # KVM_CREATE_GUEST_MEMFD
+    Rule("create.flags", ("EINVAL",), _CREATE, 2, "a flag that this VM may not have", "uapi.md 6 [M] [O N14]"),
+    Rule("create.size", ("EINVAL",), _CREATE, 3, "size is zero, negative or no multiple of a page", "[M] [O N1]"),
+    Rule("fd.limit", ("EMFILE",), _CREATE, 4, "no descriptor is free", "get_unused_fd_flags [O N34]"),
+    Rule("create.nomem", ("ENOMEM",), _CREATE, 5, "the view cannot be allocated", "kvm_gmem_create [M]"),
+    # KVM_SET_USER_MEMORY_REGION2
+    Rule(
+        "region.v1_gmem", ("EINVAL",), "KVM_SET_USER_MEMORY_REGION", 2, "the older call has no guest_memfd", "[O R65]"
+    ),
+    Rule("region.slot_id", ("EINVAL",), _REGION, 2, "the slot number is too large", "uapi.md 7 [M] [O R1]"),
+    Rule("region.flags", ("EINVAL",), _REGION, 3, "unknown flag, or GUEST_MEMFD with another one", "[M] [O R5-R9]"),
+    Rule("region.unaligned", ("EINVAL",), _REGION, 4, "size or guest address is not page aligned", "[M] [O R10]"),
+    Rule("region.userspace_addr", ("EINVAL",), _REGION, 5, "the host address is unaligned or no user's", "[O R14]"),
+    Rule("region.offset", ("EINVAL",), _REGION, 6, "the file offset is unaligned, or offset + size wraps", "[O R20]"),
+    Rule("region.address_space", ("EINVAL",), _REGION, 7, "there is no such address space", "[M] [O R2]"),
+    Rule("region.gpa_wraps", ("EINVAL",), _REGION, 7, "guest address + size wraps", "[M] [O R39 R40]"),
+    Rule("region.too_big", ("EINVAL",), _REGION, 7, "more than 2**31 - 1 pages", "KVM_MEM_MAX_NR_PAGES [O R38]"),
+    Rule("region.no_slot", ("EINVAL",), _REGION, 8, "the slot to delete does not exist", "[M] [O R49]"),
+    Rule("region.gmem_immutable", ("EINVAL",), _REGION, 9, "a guest_memfd slot can only be deleted", "[M] [O R67]"),
+    Rule("region.fixed_flags", ("EINVAL",), _REGION, 9, "READONLY and GUEST_MEMFD of a slot are fixed", "9935df5333aa"),
+    Rule("region.resized", ("EINVAL",), _REGION, 9, "size and host address of a slot are fixed", "[M] [O R70]"),
+    Rule("region.overlap", ("EEXIST",), _REGION, 10, "another slot has some of these frames", "[M] [O R76]"),
+    Rule("region.nomem", ("ENOMEM",), _REGION, 11, "the slot cannot be allocated", "kvm_set_memory_region [M]"),
+    Rule("bind.not_gmem", ("EINVAL",), _REGION, 13, "the descriptor is not a guest_memfd", "[M] [O R53-R56]"),
+    Rule("bind.other_vm", ("EINVAL",), _REGION, 14, "the file is another VM's view", "kvm_gmem_bind [M] [O R58]"),
+    Rule("bind.past_end", ("EINVAL",), _REGION, 15, "offset + size is beyond the file", "[M] [O R60]; B04 to v7.1"),
+    Rule("bind.overlap", ("EINVAL", "EEXIST"), _REGION, 16, "pages are bound already; EEXIST from 7.2", "06ba195f136a"),
+    Rule("bind.nomem", ("ENOMEM",), _REGION, 17, "the binding cannot be stored", "kvm_gmem_bind [M]"),
+    Rule("region.unreachable", ("EINVAL",), _REGION, 18, "frames beyond MAXPHYADDR", "[M] [O R33]"),
+    # KVM_SET_MEMORY_ATTRIBUTES
+    Rule("attributes.flags", ("EINVAL",), _ATTRIBUTES, 2, "flags must be zero", "uapi.md 10 [M]"),
+    Rule("attributes.attributes", ("EINVAL",), _ATTRIBUTES, 3, "an attribute that this VM does not have", "[M]"),
+    Rule("attributes.range", ("EINVAL",), _ATTRIBUTES, 4, "size is zero, or address + size wraps", "[M]"),
+    Rule("attributes.unaligned", ("EINVAL",), _ATTRIBUTES, 5, "address or size is not page aligned", "[M]"),
+    Rule("attributes.nomem", ("ENOMEM",), _ATTRIBUTES, 6, "the attributes cannot be stored", "[M]"),
+    # KVM_SET_MEMORY_ATTRIBUTES2 and conversion
+    Rule("attributes2.off", ("ENOTTY",), _ATTRIBUTES2, 0, "this kernel does not convert in place", "uapi.md 13.1 [P]"),
+    Rule("attributes2.flags", ("EINVAL",), _ATTRIBUTES2, 2, "flags must be zero", "v6 and later [P]", _IN_PLACE),
+    Rule("attributes2.reserved", ("EINVAL",), _ATTRIBUTES2, 3, "a reserved word is not zero", "[P]", _IN_PLACE),
+    Rule(
+        "attributes2.no_private_memory",
+        ("EINVAL",),
+        _ATTRIBUTES2,
+        4,
+        "the VM's type has no private memory",
+        "[P]",
+        _IN_PLACE,
+    ),
+    Rule("attributes2.attributes", ("EINVAL",), _ATTRIBUTES2, 5, "an attribute besides PRIVATE", "[P]", _IN_PLACE),
+    Rule("attributes2.range", ("EINVAL",), _ATTRIBUTES2, 6, "size is zero, or offset + size wraps", "[P]", _IN_PLACE),
+    Rule("attributes2.unaligned", ("EINVAL",), _ATTRIBUTES2, 7, "offset or size is not page aligned", "[P]", _IN_PLACE),
+    Rule("attributes2.past_end", ("EINVAL",), _ATTRIBUTES2, 8, "the range is not inside the file", "[P]", _IN_PLACE),
+    Rule(
+        "convert.folio", ("EINVAL",), _ATTRIBUTES2, 8, "part of a huge folio; splitting is not built", "[I]", _IN_PLACE
+    ),
+    Rule("convert.nomem", ("ENOMEM",), _ATTRIBUTES2, 9, "the new state cannot be stored", "[P]", _IN_PLACE),
+    Rule("convert.busy", ("EAGAIN",), _ATTRIBUTES2, 10, "a page has references besides the file's", "[P]", _IN_PLACE),
+    Rule("convert.bad_page", ("EHWPOISON",), _ATTRIBUTES2, 11, "a user could not unmap a page", "Q12 [I]", _IN_PLACE),
+    # fallocate
+    Rule("fallocate.range", ("EINVAL",), _FALLOCATE, 1, "offset is negative, or length not positive", "[M] [O F28]"),
+    Rule("fallocate.mode", ("EOPNOTSUPP",), _FALLOCATE, 2, "unknown mode, or an illegal combination", "[M] [O F4]"),
+    Rule("fallocate.too_big", ("EFBIG",), _FALLOCATE, 3, "offset + length is beyond 2**63 - 1", "[M] [O F45]"),
+    Rule("fallocate.gmem_mode", ("EOPNOTSUPP",), _FALLOCATE, 4, "not KEEP_SIZE alone or with PUNCH_HOLE", "[O F1]"),
+    Rule("fallocate.unaligned", ("EINVAL",), _FALLOCATE, 5, "offset or length is not page aligned", "[M] [O F20]"),
+    Rule("fallocate.past_end", ("EINVAL",), _FALLOCATE, 6, "allocating beyond the end of the file", "[M] [O F38]"),
+    Rule("fallocate.interrupted", ("EINTR",), _FALLOCATE, 7, "a signal came; earlier pages stay", "[M]"),
+    Rule("pool.empty", ("ENOMEM",), _FALLOCATE, 8, "the host has no page left", "kvm_gmem_get_folio [M]"),
+    Rule("backing.full", ("ENOMEM",), _FALLOCATE, 8, "the host cannot give the memory itself", "[I]"),
+    Rule("punch.busy", ("EAGAIN",), _FALLOCATE, 9, "a huge folio in the hole is pinned", "semantics.md 10 [P]"),
+    # mmap and what a host process does with memory
+    Rule("mmap.range", ("EINVAL",), _MMAP, 1, "length is zero, or offset not page aligned", "[M] [O M30 M31]"),
+    Rule("mmap.exec", ("EPERM",), _MMAP, 2, "guest memory is not executable for the host", "path_noexec [O M8]"),
+    Rule("mmap.not_mappable", ("ENODEV",), _MMAP, 3, "the file was made without the MMAP flag", "[M] [O M1]"),
+    Rule("mmap.private", ("EINVAL",), _MMAP, 4, "only MAP_SHARED", "kvm_gmem_mmap [M] [O M10]"),
+    Rule("range.unaligned", ("EINVAL",), "munmap", 1, "address not page aligned, or no size", "mm/mmap.c [M]"),
+    Rule("madvise.unmapped", ("ENOMEM",), "madvise", 2, "part of the range is not mapped", "mm/madvise.c [M]"),
+    Rule("user.page", ("EFAULT",), "get_user_pages", 1, "a host page cannot be had: private or not mapped", "[O T13]"),
+    # Faults
+    Rule("fault.past_end", ("EFAULT",), _FAULT, 1, "the page is beyond the end of the file", "[M] [O M26]"),
+    Rule("fault.user_private", ("EFAULT",), _FAULT, 2, "this user may never have a private page", "R5 [I]"),
+    Rule("fault.access", ("EFAULT",), _FAULT, 3, "the page does not have the access asked for", "R3 [M] [O T1]"),
+    Rule("fault.poisoned", ("EHWPOISON",), _FAULT, 4, "the page's memory is bad", "kvm_gmem_get_pfn [M]"),
+    Rule("fault.mismatch", ("EFAULT",), "KVM_RUN", 1, "the guest's access is not the page's", "uapi.md 11 [M]"),
+    Rule("fault.no_gmem", ("EFAULT",), "KVM_RUN", 2, "private access, and the slot has no guest_memfd", "[M]"),
+    Rule("fault.file_gone", ("EFAULT",), "KVM_RUN", 3, "the slot's guest_memfd was closed", "[M]"),
+    Rule("fault.binding", ("EIO",), "KVM_RUN", 4, "the page is bound to another slot", "__kvm_gmem_get_pfn [M]"),
+    # KVM_PRE_FAULT_MEMORY, populate, vCPUs, identities
+    Rule("prefault.flags", ("EINVAL",), _PREFAULT, 2, "flags must be zero", "uapi.md 12 [M] [O G40]"),
+    Rule("prefault.unaligned", ("EINVAL",), _PREFAULT, 3, "gpa or size is not page aligned", "[M] [O G42]"),
+    Rule("prefault.range", ("EINVAL",), _PREFAULT, 4, "size is zero, or gpa + size wraps", "[M] [O G41]"),
+    Rule("prefault.interrupted", ("EINTR",), _PREFAULT, 5, "a signal came before the first page", "[M]"),
+    Rule("prefault.no_slot", ("ENOENT",), _PREFAULT, 6, "no memory at this address", "kvm_tdp_map_page [M]"),
+    Rule("prefault.slot_deleted", ("EAGAIN",), _PREFAULT, 6, "the slot is being deleted", "3ccbf6f47098 [M]"),
+    Rule("populate.range", ("EINVAL",), "populate", 1, "no pages, or an unaligned source", "kvm_gmem_populate [M]"),
+    Rule("populate.not_gmem", ("EINVAL",), "populate", 2, "the frame is in no guest_memfd slot", "[M]"),
+    Rule("populate.interrupted", ("EINTR",), "populate", 3, "a signal came before the first page", "[M]"),
+    Rule("populate.shared", ("EINVAL",), "populate", 4, "only private pages are populated", "e4ee54479273 [M]"),
+    Rule("vcpu.exists", ("EEXIST",), "KVM_CREATE_VCPU", 1, "the VM has a vCPU of this number", "[M]"),
+    Rule("identity.exhausted", ("EBUSY",), "KVM_CREATE_VM", 1, "every ASID or HKID is in use", "sev_asid_new [M]"),
+)
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in _TABLE}
+assert len(RULES) == len(_TABLE), "a rule is listed twice"
