@@ -1,0 +1,65 @@
+"""VirtualMachine: the identity that memory belongs to, which may have more than one struct kvm.
+
+An identity is a number that hardware knows (an ASID, an HKID) and a generation that is never used again. Numbers are
+scarce and come back at once, the last freed first; generations are what is compared. Remembering a struct kvm by its
+address would accept a stranger whom the allocator gave the same one (seed.md R26, known bug B39).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import NamedTuple
+
+from guestmem.sched import RefCount, Scheduler
+from guestmem.trace import Refusal
+
+
+class Identity(NamedTuple):
+    """Equal only for the same virtual machine. `number` is the hardware's, `generation` nobody else ever has."""
+
+    number: int
+    generation: int
+
+
+class IdentityPool:
+    """The identities of one host: `count` numbers from 1 on."""
+
+    def __init__(self, count: int = 509) -> None:
+        self.live: dict[int, Identity] = {}
+        self._free = list(range(count, 0, -1))
+        self._generation = 0
+
+    def allocate(self) -> Identity:
+        """Raises: Refusal EBUSY `identity.exhausted`, as sev_asid_new() has it."""
+        if not self._free:
+            raise Refusal(errno.EBUSY, "identity.exhausted", live=len(self.live))
+        self._generation += 1
+        identity = Identity(self._free.pop(), self._generation)
+        self.live[identity.number] = identity
+        return identity
+
+    def free(self, identity: Identity) -> None:
+        assert self.live.pop(identity.number, None) == identity, f"S8: {identity} freed but not live"
+        self._free.append(identity.number)
+
+
+class VirtualMachine:
+    """The owner of memory. Held by each struct kvm that runs it and each inode that belongs to it; its identity is
+    recycled when the last has gone.
+
+    That inodes hold it is not so in Linux, where the release of a file puts the struct kvm first and evicts the pages
+    afterwards: for a moment pages name an identity that may be somebody else's already. Seed requirement R23 forbids
+    that, and the interleaving tests found it here when it was built the kernel's way.
+    """
+
+    def __init__(self, scheduler: Scheduler, pool: IdentityPool) -> None:
+        self.identity = pool.allocate()
+        self.references = RefCount(scheduler, f"virtual machine {self.identity.generation}")
+        self._pool = pool
+
+    def get(self) -> None:
+        self.references.get()
+
+    def put(self) -> None:
+        if self.references.put():
+            self._pool.free(self.identity)

@@ -1,0 +1,162 @@
+"""The ioctls as a client makes them: a number and a user address. Copies in, calls, copies out.
+
+One table for each kind of file. The calls themselves are elsewhere and take checked-size structures; what stands here
+is what every ioctl has in common: who may call (EIO from another address space), what is unknown (ENOTTY or EINVAL by
+kind of file), and that an unreadable argument is EFAULT before anything else.
+
+Source: virt/kvm/kvm_main.c kvm_vm_ioctl, kvm_vcpu_ioctl; golden_6_18.md rows K1 to K13, N24 to N33, G44.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias
+
+from guestmem.kvm.context import KvmGmemContext
+from guestmem.kvm.gmem import create_guest_memfd, require_in_place, set_memory_attributes2
+from guestmem.kvm.prefault import pre_fault_memory
+from guestmem.kvm.set_region import set_user_memory_region2
+from guestmem.kvm.vcpu import Vcpu
+from guestmem.kvm.vm import HostAddressSpace, Kvm
+from guestmem.kvm.vm_attributes import set_memory_attributes
+from guestmem.memory import File
+from guestmem.trace import Refusal
+from guestmem.uapi import kvm as uapi
+from guestmem.uapi.structs import (
+    CreateGuestMemfd,
+    MemoryAttributes,
+    MemoryAttributes2,
+    PreFaultMemory,
+    UserspaceMemoryRegion,
+    UserspaceMemoryRegion2,
+)
+
+
+class OpenFile(Protocol):
+    """What a descriptor refers to."""
+
+    def get(self) -> None: ...
+
+    async def put(self) -> None: ...
+
+
+class Descriptors(Protocol):
+    """The caller's table of open files."""
+
+    def get(self, fd: int) -> OpenFile: ...
+
+    def reserve(self) -> int: ...
+
+    def unreserve(self, fd: int) -> None: ...
+
+    def install(self, fd: int, file: File) -> None: ...
+
+
+class Caller(Protocol):
+    """The process that makes the call."""
+
+    @property
+    def mm(self) -> HostAddressSpace: ...
+
+    @property
+    def fds(self) -> Descriptors: ...
+
+
+async def ioctl(caller: Caller, fd: int, request: int, argument: int) -> int:
+    """ioctl(2) on a VM, vCPU or guest_memfd descriptor; its return value. `argument` is a user address.
+
+    Raises: Refusal EBADF `fd.not_open`; EIO `ioctl.other_mm`; ENOTTY or EINVAL `ioctl.unknown`; EFAULT `user.copy`;
+    what the call refuses.
+    """
+    file = caller.fds.get(fd)
+    file.get()  # another thread may close the descriptor meanwhile
+    try:
+        return await _dispatch(caller, file, request, argument)
+    finally:
+        await file.put()
+
+
+async def _dispatch(caller: Caller, file: OpenFile, request: int, argument: int) -> int:
+    if isinstance(file, File) and isinstance(file.private_data, KvmGmemContext):
+        return await _gmem_ioctl(caller, file, request, argument)
+    if isinstance(file, Kvm):
+        _check_caller(caller, file)
+        handler = _VM_IOCTLS.get(request)
+        if handler is None:
+            raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="VM")
+        return await handler(caller, file, argument)
+    if isinstance(file, Vcpu):
+        _check_caller(caller, file.kvm)
+        if request != uapi.KVM_PRE_FAULT_MEMORY:
+            raise Refusal(errno.EINVAL, "ioctl.unknown", request=request, on="vCPU")
+        return await _pre_fault(caller, file, argument)
+    raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="other file")
+
+
+def _check_caller(caller: Caller, kvm: Kvm) -> None:
+    if caller.mm is not kvm.mm:
+        raise Refusal(errno.EIO, "ioctl.other_mm", vm=kvm.number)
+
+
+async def _create_guest_memfd(caller: Caller, kvm: Kvm, argument: int) -> int:
+    data = await caller.mm.copy_from_user(argument, CreateGuestMemfd.SIZE)
+    return await create_guest_memfd(kvm, caller.fds, CreateGuestMemfd.unpack(data))
+
+
+async def _set_region2(caller: Caller, kvm: Kvm, argument: int) -> int:
+    data = await caller.mm.copy_from_user(argument, UserspaceMemoryRegion2.SIZE)
+    await set_user_memory_region2(kvm, caller.fds, UserspaceMemoryRegion2.unpack(data))
+    return 0
+
+
+async def _set_region(caller: Caller, kvm: Kvm, argument: int) -> int:
+    """The older call knows no guest_memfd flag; otherwise it is the newer one with zeros."""
+    data = await caller.mm.copy_from_user(argument, UserspaceMemoryRegion.SIZE)
+    region = UserspaceMemoryRegion.unpack(data).to_region2()
+    if region.flags & uapi.KVM_MEM_GUEST_MEMFD:
+        raise Refusal(errno.EINVAL, "region.v1_gmem", slot=region.slot, flags=region.flags)
+    await set_user_memory_region2(kvm, caller.fds, region)
+    return 0
+
+
+async def _set_attributes(caller: Caller, kvm: Kvm, argument: int) -> int:
+    data = await caller.mm.copy_from_user(argument, MemoryAttributes.SIZE)
+    await set_memory_attributes(kvm, MemoryAttributes.unpack(data))
+    return 0
+
+
+async def _gmem_ioctl(caller: Caller, file: File, request: int, argument: int) -> int:
+    if request != uapi.KVM_SET_MEMORY_ATTRIBUTES2:
+        raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="guest_memfd")
+    require_in_place(file)
+    data = await caller.mm.copy_from_user(argument, MemoryAttributes2.SIZE)
+    try:
+        await set_memory_attributes2(file, MemoryAttributes2.unpack(data))
+    except Refusal as refusal:
+        error_offset = refusal.facts.get("error_offset")
+        if isinstance(error_offset, int):
+            where = argument + MemoryAttributes2.ERROR_OFFSET_AT
+            await caller.mm.copy_to_user(where, struct.pack("<Q", error_offset))
+        raise
+    return 0
+
+
+async def _pre_fault(caller: Caller, vcpu: Vcpu, argument: int) -> int:
+    """What is left of the range goes back to the caller, whatever became of it."""
+    data = await caller.mm.copy_from_user(argument, PreFaultMemory.SIZE)
+    async with vcpu.mutex:
+        left = await pre_fault_memory(vcpu.kvm, PreFaultMemory.unpack(data))
+    await caller.mm.copy_to_user(argument, struct.pack("<QQ", left.gpa, left.size))
+    return 0
+
+
+_VmIoctl: TypeAlias = Callable[[Caller, Kvm, int], Awaitable[int]]
+
+_VM_IOCTLS: dict[int, _VmIoctl] = {
+    uapi.KVM_SET_USER_MEMORY_REGION: _set_region,
+    uapi.KVM_SET_USER_MEMORY_REGION2: _set_region2,
+    uapi.KVM_SET_MEMORY_ATTRIBUTES: _set_attributes,
+    uapi.KVM_CREATE_GUEST_MEMFD: _create_guest_memfd,
+}

@@ -1,0 +1,130 @@
+"""Memslots: which guest frames exist, and where their memory comes from.
+
+Readers (faults) look at one immutable `SlotTable` under SRCU; an update makes a new table and swaps it in. A slot that
+goes is first marked invalid and swapped, so that no new fault uses it, then zapped after a grace period, then left out.
+
+A guest_memfd slot has a weak pointer to its file: neither holds the other, and either may go first. Whoever follows it
+gets a reference or finds the file dying (S6).
+
+Source: virt/kvm/kvm_main.c, struct kvm_memslots; spec/semantics.md section 5.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from guestmem.kvm.addresses import Gfn
+from guestmem.memory import PAGE_SHIFT, File, PageIndex, PageRange, Range
+from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, KVM_MEM_READONLY
+
+if TYPE_CHECKING:
+    from guestmem.kvm.context import KvmGmemContext
+
+
+class MemorySlot:
+    """`gfns` of guest memory. Immutable but for `invalid` and the two pointers of a guest_memfd binding.
+
+    `context` and `first` (page of the file) are set while the slot is bound; `gmem_only` says that shared accesses too
+    are served from the file and not from `userspace_addr`.
+    """
+
+    __slots__ = ("context", "first", "flags", "freed", "gfns", "gmem_only", "id", "invalid", "userspace_addr")
+
+    def __init__(self, number: int, flags: int, gfns: Range[Gfn], userspace_addr: int) -> None:
+        self.id = number
+        self.flags = flags
+        self.gfns = gfns
+        self.userspace_addr = userspace_addr
+        self.invalid = False
+        self.freed = False
+        self.context: KvmGmemContext | None = None
+        self.first = PageIndex(0)
+        self.gmem_only = False
+
+    def __repr__(self) -> str:
+        return f"slot {self.id} [{self.gfns.start:#x}, {self.gfns.end:#x})"
+
+    @property
+    def has_gmem(self) -> bool:
+        """Whether the slot was made with a guest_memfd; its file may be gone since."""
+        return bool(self.flags & KVM_MEM_GUEST_MEMFD)
+
+    @property
+    def writable(self) -> bool:
+        return not self.flags & KVM_MEM_READONLY
+
+    @property
+    def file(self) -> File | None:
+        """The file that the slot is bound to; it may be dying."""
+        return self.context.file if self.context else None
+
+    @property
+    def pages(self) -> PageRange:
+        """The pages of the file that the slot shows."""
+        return Range(self.first, PageIndex(self.first + self.gfns.pages))
+
+    def index_of(self, gfn: Gfn) -> PageIndex:
+        """The file page of a frame of this slot."""
+        return PageIndex(self.first + gfn - self.gfns.start)
+
+    def gfns_of(self, pages: PageRange) -> Range[Gfn] | None:
+        """Where the slot shows any of `pages`; None if nowhere."""
+        inside = self.pages.intersection(pages)
+        if inside is None:
+            return None
+        shift = self.gfns.start - self.first
+        return Range(Gfn(inside.start + shift), Gfn(inside.end + shift))
+
+    def hva_of(self, gfn: Gfn) -> int:
+        """The host address of a frame of this slot."""
+        return self.userspace_addr + ((gfn - self.gfns.start) << PAGE_SHIFT)
+
+    def gfns_of_hvas(self, start: int, end: int) -> Range[Gfn] | None:
+        """Frames whose host addresses meet start..end; None if none do."""
+        first = max(start, self.userspace_addr) - self.userspace_addr
+        last = min(end, self.userspace_addr + (self.gfns.pages << PAGE_SHIFT)) - self.userspace_addr
+        if first >= last:
+            return None
+        page = 1 << PAGE_SHIFT
+        base = self.gfns.start
+        return Range(Gfn(base + first // page), Gfn(base + -(-last // page)))
+
+
+class SlotTable:
+    """An immutable set of slots, by id and by frame."""
+
+    __slots__ = ("_starts", "by_gfn", "by_id")
+
+    def __init__(self, slots: dict[int, MemorySlot] | None = None, by_gfn: list[MemorySlot] | None = None) -> None:
+        self.by_id: dict[int, MemorySlot] = slots or {}
+        self.by_gfn: list[MemorySlot] = by_gfn or []
+        self._starts = [slot.gfns.start for slot in self.by_gfn]
+
+    def find(self, gfn: Gfn) -> MemorySlot | None:
+        """The slot that `gfn` belongs to. Source: gfn_to_memslot()."""
+        place = bisect.bisect_right(self._starts, gfn) - 1
+        if place < 0 or not self.by_gfn[place].gfns.contains(gfn):
+            return None
+        return self.by_gfn[place]
+
+    def overlapping(self, gfns: Range[Gfn]) -> Iterator[MemorySlot]:
+        """The slots that meet `gfns`, in order."""
+        place = max(bisect.bisect_right(self._starts, gfns.start) - 1, 0)
+        while place < len(self.by_gfn) and self.by_gfn[place].gfns.start < gfns.end:
+            if self.by_gfn[place].gfns.overlaps(gfns):
+                yield self.by_gfn[place]
+            place += 1
+
+    def replace(self, old: MemorySlot | None, new: MemorySlot | None) -> SlotTable:
+        """A table with `new` in the place of `old`."""
+        by_id = dict(self.by_id)
+        by_gfn = list(self.by_gfn)
+        if old is not None:
+            del by_id[old.id]
+            by_gfn.remove(old)
+        if new is not None:
+            by_id[new.id] = new
+            bisect.insort(by_gfn, new, key=lambda slot: slot.gfns.start)
+        return SlotTable(by_id, by_gfn)

@@ -1,0 +1,131 @@
+"""A guest touches a page: from the missed access to the installed leaf.
+
+    slot under SRCU -> sequence noted -> access of the page against access of the guest -> file -> provider (or host
+    address) -> mmu_lock: is the look-up still good? -> leaf
+
+Nothing is locked from the look-up to the installation; the sequence number is what makes that sound. A look-up that an
+invalidation has overtaken is void and the guest repeats its access.
+
+Source: arch/x86/kvm/mmu/mmu.c kvm_tdp_mmu_page_fault, kvm_mmu_faultin_pfn; spec/semantics.md 2.2.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from typing import TYPE_CHECKING
+
+from guestmem.kvm.addresses import Gfn, gfn_of
+from guestmem.kvm.memslots import MemorySlot
+from guestmem.kvm.stage2 import Leaf
+from guestmem.memory import PAGE_SHIFT, Access, File, Pfn
+from guestmem.memory.pages import ORDERS, block
+from guestmem.trace import Refusal
+
+if TYPE_CHECKING:
+    from guestmem.kvm.vm import Kvm
+
+
+class FaultResult(enum.Enum):
+    """MAPPED: repeat the access. RETRY: so too, but nothing was mapped. MMIO: no memory there."""
+
+    MAPPED = "mapped"
+    RETRY = "retry"
+    MMIO = "mmio"
+
+
+class _Held:
+    """File references taken inside an SRCU read section, to be put after it."""
+
+    def __init__(self) -> None:
+        self.files: list[File] = []
+
+    async def put(self) -> None:
+        for file in self.files:
+            await file.put()
+
+
+async def page_fault(
+    kvm: Kvm, gpa: int, *, write: bool, private: bool | None = None, prefault: bool = False
+) -> FaultResult:
+    """Handle a guest access that stage 2 does not map.
+
+    `private` is the access that the guest asserts, None where it cannot. `prefault` says that no guest waits: a slot
+    that is being deleted is then an error and not a retry, since the caller would retry inside its read section while
+    the deletion waits for that section to end (known bug B26).
+
+    Raises: Refusal. EFAULT `fault.mismatch`, `fault.no_gmem`, `fault.file_gone`, `user.page`; EIO `fault.binding`;
+    EHWPOISON `fault.poisoned`; ENOMEM; EAGAIN `prefault.slot_deleted`. Nothing is mapped then.
+    """
+    gfn = gfn_of(gpa)
+    held = _Held()
+    try:
+        with kvm.srcu.read():
+            slot = kvm.memslots.find(gfn)
+            if slot is None:
+                return FaultResult.MMIO
+            if slot.invalid:
+                if prefault:
+                    raise Refusal(errno.EAGAIN, "prefault.slot_deleted", slot=slot.id, gpa=gpa)
+                return FaultResult.RETRY
+            if write and not slot.writable:
+                return FaultResult.MMIO
+            seen = kvm.stage2.window.sequence.read()
+            await kvm.scheduler.preempt("sequence noted, page not looked up")
+            asked = _asked_access(kvm, slot, gfn, private)
+            leaf, access = await _find_page(kvm, slot, gfn, asked, write, held)
+            await kvm.scheduler.preempt("page looked up, leaf not installed")
+            async with kvm.stage2.mmu_lock:
+                mapped = kvm.stage2.install(leaf, access, seen, gfn)
+            return FaultResult.MAPPED if mapped else FaultResult.RETRY
+    finally:
+        await held.put()
+
+
+def _asked_access(kvm: Kvm, slot: MemorySlot, gfn: Gfn, private: bool | None) -> Access:
+    """The access that the guest makes, checked against the state of the page (R3)."""
+    state = kvm.access_of(gfn, slot)
+    if private is None:
+        asked = state if kvm.guest_access_follows_state else Access.SHARED
+    else:
+        asked = Access.PRIVATE if private else Access.SHARED
+    if asked is not state:
+        raise Refusal(errno.EFAULT, "fault.mismatch", gfn=gfn, asked=asked.value, state=state.value)
+    return asked
+
+
+async def _find_page(
+    kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, write: bool, held: _Held
+) -> tuple[Leaf, Access]:
+    """The leaf that would serve the access: from the file, or from the slot's host address."""
+    if asked is Access.PRIVATE and not slot.has_gmem:
+        raise Refusal(errno.EFAULT, "fault.no_gmem", slot=slot.id, gfn=gfn)
+    if asked is Access.PRIVATE or slot.gmem_only:
+        return await _find_gmem_page(kvm, slot, gfn, asked, held)
+    entry = await kvm.mm.user_page(slot.hva_of(gfn), write)
+    return Leaf(gfn, 0, entry.pfn, entry.hva, entry.window, entry.writable and slot.writable), Access.SHARED
+
+
+async def _find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, held: _Held) -> tuple[Leaf, Access]:
+    context = slot.context
+    if context is None or not context.file.get_unless_dying():
+        raise Refusal(errno.EFAULT, "fault.file_gone", slot=slot.id, gfn=gfn)
+    held.files.append(context.file)
+    page, access = await context.get_pfn(slot, gfn, asked if kvm.level.in_place else None)
+    order = _leaf_order(slot, gfn, page.order)
+    start = block(gfn, order).start
+    inside = gfn - start
+    leaf = Leaf(start, order, Pfn(page.pfn - inside), page.hva - (inside << PAGE_SHIFT), page.window, writable=True)
+    return leaf, access
+
+
+def _leaf_order(slot: MemorySlot, gfn: Gfn, limit: int) -> int:
+    """The largest order, up to the page's, whose block lies inside the slot, with frame and file page congruent (S13).
+
+    Source: spec/semantics.md section 5, last line; kvm_mmu_max_mapping_level.
+    """
+    for order in ORDERS:
+        congruent = not (slot.gfns.start - slot.first) & ((1 << order) - 1)
+        if order <= limit and congruent and slot.gfns.covers(block(gfn, order)):
+            return order
+    return 0

@@ -1,0 +1,97 @@
+"""Stage 2: which guest frames are mapped, to what, and the window that keeps stale look-ups out.
+
+Two tables, one for each access, as TDX's mirror and shared EPT are: an invalidation of one kind of mapping is a zap in
+one table. `mmu_lock` guards the tables and the window. A leaf is installed only through `install`, which asks the
+window first; so what `zap` removed inside a window cannot come back before the window closes (S3).
+
+Source: arch/x86/kvm/mmu/tdp_mmu.c and virt/kvm/kvm_main.c in effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from guestmem.cpu.engine import HostWindow, Translation
+from guestmem.kvm.addresses import Gfn, gfn_of
+from guestmem.memory import PAGE_SHIFT, Access, PageTable, Pfn, Range, Window
+from guestmem.sched import Lock, LockClass, Scheduler
+from guestmem.trace import Tracer
+from guestmem.trace import events as event
+
+
+class Leaf(NamedTuple):
+    """A stage-2 entry over 2**order frames from `gfn` on. `hva` is the server's address of the first byte."""
+
+    gfn: Gfn
+    order: int
+    pfn: Pfn
+    hva: int
+    window: tuple[int, int]
+    writable: bool
+
+
+class Stage2:
+    """The guest's address space as KVM maps it. `flush` drops what vCPUs cached of it."""
+
+    def __init__(self, scheduler: Scheduler, tracer: Tracer, vm: int, flush: Callable[[], None]) -> None:
+        self.mmu_lock = Lock(scheduler, LockClass.MMU_LOCK, f"mmu_lock vm {vm}")
+        self.window: Window[Gfn] = Window(f"mmu_invalidate_seq vm {vm}")
+        self.tables: dict[Access, PageTable[Gfn, Leaf]] = {access: PageTable() for access in Access}
+        self._flush = flush
+        self._tracer = tracer
+        self._vm = vm
+
+    def lookup(self, gfn: Gfn, access: Access | None = None) -> Leaf | None:
+        """The leaf over `gfn`; of `access` if given, else of either kind. Lockless, like the hardware's walk."""
+        if access is not None:
+            return self.tables[access].lookup(gfn)
+        return self.tables[Access.SHARED].lookup(gfn) or self.tables[Access.PRIVATE].lookup(gfn)
+
+    def translate(self, gpa: int, write: bool, private: bool | None) -> Translation | None:
+        """GuestMemory of the engines: the 4K page of `gpa`, if a leaf of the asserted kind allows the access."""
+        access = None if private is None else Access.PRIVATE if private else Access.SHARED
+        gfn = gfn_of(gpa)
+        leaf = self.lookup(gfn, access)
+        if leaf is None or (write and not leaf.writable):
+            return None
+        return Translation(leaf.hva + ((gfn - leaf.gfn) << PAGE_SHIFT), leaf.writable, HostWindow(*leaf.window))
+
+    def install(self, leaf: Leaf, access: Access, seen: int, fault_gfn: Gfn) -> bool:
+        """Map `leaf` unless the look-up behind it is void; whether it was mapped. mmu_lock held.
+
+        `seen` is the window's sequence from before the look-up. Frames that the leaf covers with the other access, or
+        with smaller leaves, are replaced.
+        """
+        assert self.mmu_lock.held_by_me, "install without mmu_lock"
+        if self.window.blocks(seen, fault_gfn):
+            return False
+        self.tables[access].map(leaf.gfn, leaf.order, leaf)
+        if self._tracer.enabled:
+            self._tracer.emit(event.KvmMap(self._vm, leaf.gfn, leaf.order, access.value, leaf.pfn))
+        return True
+
+    def zap(self, gfns: Range[Gfn], accesses: Iterable[Access]) -> None:
+        """Remove the leaves of these kinds over `gfns` and what vCPUs cached of them. mmu_lock held."""
+        assert self.mmu_lock.held_by_me, "zap without mmu_lock"
+        zapped = 0
+        for access in accesses:
+            leaves = self.tables[access].zap(gfns)
+            zapped += leaves
+            if leaves and self._tracer.enabled:
+                self._tracer.emit(event.KvmUnmap(self._vm, gfns.start, gfns.end, access.value, leaves))
+        if zapped:
+            self._flush()
+
+    async def begin(self, ranges: list[Range[Gfn]], accesses: Iterable[Access]) -> None:
+        """Open a window over the hull of `ranges`, then zap each. Source: kvm_gmem_invalidate_begin."""
+        accesses = tuple(accesses)
+        async with self.mmu_lock:
+            self.window.begin(Range(min(r.start for r in ranges), max(r.end for r in ranges)))
+            for gfns in ranges:
+                self.zap(gfns, accesses)
+
+    async def end(self) -> None:
+        """Close one window."""
+        async with self.mmu_lock:
+            self.window.end()

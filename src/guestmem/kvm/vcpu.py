@@ -1,0 +1,172 @@
+"""Vcpu: KVM_RUN. Runs an engine slice by slice, handles what stage 2 missed, and says why it came back.
+
+A slice lasts at most about a millisecond; after each, others may run: that is how vCPUs are serialised, which makes
+`lock`-prefixed instructions exact. The loop has no state of its own between two calls but the exit that waits for its
+answer.
+
+Source: arch/x86/kvm/x86.c vcpu_enter_guest, vcpu_run; Documentation/virt/kvm/api.rst KVM_RUN.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from guestmem.cpu import engine as cpu
+from guestmem.cpu.engine import Engine
+from guestmem.kvm.addresses import gfn_of
+from guestmem.kvm.exits import (
+    Exit,
+    HltExit,
+    HypercallExit,
+    InternalErrorExit,
+    InterruptedExit,
+    IoExit,
+    MemoryFaultExit,
+    MmioExit,
+    ShutdownExit,
+)
+from guestmem.kvm.mmu import FaultResult, page_fault
+from guestmem.kvm.vm import Kvm
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access
+from guestmem.sched import Lock, LockClass, RefCount
+from guestmem.trace import EHWPOISON, Refusal
+from guestmem.trace import events as event
+from guestmem.uapi.kvm import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM, KVM_HC_MAP_GPA_RANGE
+
+_MEMORY_FAULTS = (errno.EFAULT, EHWPOISON)
+_U64 = 1 << 64
+
+
+class Vcpu:
+    """One virtual CPU of `kvm`, which it holds. `immediate_exit` is the field of struct kvm_run."""
+
+    def __init__(self, kvm: Kvm, number: int, engine: Engine) -> None:
+        self.kvm = kvm
+        self.number = number
+        self.engine = engine
+        self.mutex = Lock(kvm.scheduler, LockClass.VCPU_MUTEX, f"vcpu->mutex {number} vm {kvm.number}")
+        self.immediate_exit = False
+        self.exits = 0
+        self.references = RefCount(kvm.scheduler, f"vcpu {number} vm {kvm.number}")
+        self._unanswered: IoExit | MmioExit | HypercallExit | None = None
+        kvm.get()
+
+    def get(self) -> None:
+        self.references.get()
+
+    async def put(self) -> None:
+        """One descriptor less. The vCPU lives on in its VM, which ends when nobody holds it."""
+        if self.references.put():
+            await self.kvm.put()
+
+    async def run(self) -> Exit:
+        """Enter the guest and come back with the reason for the exit.
+
+        Raises: Refusal for what KVM_RUN fails with besides EINTR and memory faults (ENOMEM, EIO).
+        """
+        async with self.mutex:
+            self._answer()
+            exit_ = await self._run()
+        self.exits += 1
+        if self.kvm.tracer.enabled:
+            self.kvm.tracer.emit(event.KvmExit(self.kvm.number, self.number, type(exit_).__name__))
+        return exit_
+
+    async def _run(self) -> Exit:
+        while True:
+            if self.immediate_exit or self.kvm.scheduler.signal_pending:
+                return InterruptedExit()
+            exit_ = await self._handle(self.engine.run())
+            if exit_ is not None:
+                return exit_
+            await self.kvm.scheduler.cond_resched("vCPU slice")
+
+    def _answer(self) -> None:
+        """Hand the engine what the VMM filled into the last exit."""
+        pending, self._unanswered = self._unanswered, None
+        if isinstance(pending, HypercallExit):
+            self.engine.complete(pending.ret % _U64)
+        elif pending is not None:
+            self.engine.complete(pending.data)
+
+    async def _handle(self, stop: cpu.Stop) -> Exit | None:
+        """The exit for a stop; None to go on in the guest."""
+        match stop:
+            case cpu.SliceOver():
+                return None
+            case cpu.Stage2Miss():
+                return await self._page_fault(stop)
+            case cpu.PortOut():
+                return IoExit(stop.port, stop.size, True, stop.value)
+            case cpu.PortIn():
+                return self._wait_for_answer(IoExit(stop.port, stop.size, False))
+            case cpu.MmioWrite():
+                return MmioExit(stop.gpa, stop.size, True, stop.value)
+            case cpu.MmioRead():
+                return self._wait_for_answer(MmioExit(stop.gpa, stop.size, False))
+            case cpu.Hypercall():
+                return self._hypercall(stop)
+            case cpu.Halt():
+                return HltExit()
+            case cpu.Shutdown():
+                return ShutdownExit()
+            case cpu.Failed():
+                return InternalErrorExit(stop.rip, stop.why)
+
+    def _wait_for_answer(self, exit_: IoExit | MmioExit | HypercallExit) -> Exit:
+        self._unanswered = exit_
+        return exit_
+
+    async def _page_fault(self, stop: cpu.Stage2Miss) -> Exit | None:
+        kvm = self.kvm
+        result = "exit"
+        try:
+            outcome = await page_fault(kvm, stop.gpa, write=stop.write, private=stop.private)
+            result = outcome.value
+        except Refusal as refusal:
+            if refusal.errno not in _MEMORY_FAULTS:
+                raise
+            return MemoryFaultExit(stop.gpa & -PAGE_SIZE, PAGE_SIZE, self._was_private(stop), refusal)
+        finally:
+            if kvm.tracer.enabled:
+                private = "private" if self._was_private(stop) else "shared"
+                kvm.tracer.emit(event.KvmPageFault(kvm.number, self.number, stop.gpa, private, stop.write, result))
+        if outcome is FaultResult.MMIO:
+            return await self._handle(self.engine.emulate_mmio(stop.gpa, stop.write))
+        return None
+
+    def _was_private(self, stop: cpu.Stage2Miss) -> bool:
+        """The access that the guest made: what it asserts, or for a VM that cannot assert, what the state says."""
+        if stop.private is not None:
+            return stop.private
+        kvm = self.kvm
+        if not kvm.guest_access_follows_state:
+            return False
+        gfn = gfn_of(stop.gpa)
+        return kvm.access_of(gfn, kvm.memslots.find(gfn)) is Access.PRIVATE
+
+    def _hypercall(self, call: cpu.Hypercall) -> Exit | None:
+        """Source: arch/x86/kvm/x86.c ____kvm_emulate_hypercall."""
+        kvm = self.kvm
+        gpa, pages, attributes, _ = call.args
+        if kvm.tracer.enabled:
+            kvm.tracer.emit(event.KvmHypercall(kvm.number, self.number, call.nr, gpa, pages, attributes))
+        if call.cpl:
+            self.engine.complete(-KVM_EPERM % _U64)
+        elif call.nr != KVM_HC_MAP_GPA_RANGE or not kvm.enabled_hypercalls >> call.nr & 1:
+            self.engine.complete(-KVM_ENOSYS % _U64)
+        elif gpa % PAGE_SIZE or not pages or (gpa >> PAGE_SHIFT) + pages >= _U64:
+            self.engine.complete(-KVM_EINVAL % _U64)
+        else:
+            return self._wait_for_answer(HypercallExit(call.nr, (gpa, pages, attributes)))
+        return None
+
+
+async def create_vcpu(kvm: Kvm, number: int) -> Vcpu:
+    """KVM_CREATE_VCPU. Raises: Refusal EEXIST `vcpu.exists`."""
+    async with kvm.lock:
+        if number in kvm.vcpus:
+            raise Refusal(errno.EEXIST, "vcpu.exists", vcpu=number)
+        vcpu = Vcpu(kvm, number, kvm.environment.new_engine(kvm.stage2))
+        kvm.vcpus[number] = vcpu
+        return vcpu

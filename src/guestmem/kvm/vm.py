@@ -1,0 +1,218 @@
+"""Kvm: one struct kvm. Its locks, memslots, stage 2, attributes and vCPUs; what holds it, and its end.
+
+It is held by its file descriptor, its vCPUs and its guest_memfd files, and holds none of them: references go from
+file to kvm, never back (L3). The virtual machine (identity) is another object, see `identity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from guestmem.cpu.engine import Engine, GuestMemory
+from guestmem.kvm.addresses import Gfn
+from guestmem.kvm.identity import IdentityPool, VirtualMachine
+from guestmem.kvm.memslots import MemorySlot, SlotTable
+from guestmem.kvm.stage2 import Stage2
+from guestmem.memory import Access, Inode, Pfn, Range
+from guestmem.memory.attributes import Attributes
+from guestmem.sched import Lock, LockClass, RefCount, Scheduler, Srcu, WaitQueue
+from guestmem.trace import Tracer
+from guestmem.uapi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE, MAX_PHYSICAL_ADDRESS_BITS, VmType
+from guestmem.uapi.levels import AbiLevel
+
+if TYPE_CHECKING:
+    from guestmem.kvm.vcpu import Vcpu
+
+_HAS_PRIVATE_MEMORY = {VmType.DEFAULT: False, VmType.SW_PROTECTED: True}
+
+
+class HostPage(Protocol):
+    """What a host address space gives for one of its pages."""
+
+    @property
+    def pfn(self) -> Pfn: ...
+
+    @property
+    def hva(self) -> int: ...
+
+    @property
+    def window(self) -> tuple[int, int]: ...
+
+    @property
+    def writable(self) -> bool: ...
+
+
+class PinnedPage(Protocol):
+    """A page of a host address space that stays where it is until it is put."""
+
+    @property
+    def hva(self) -> int: ...
+
+    def put(self) -> None: ...
+
+
+class HostAddressSpace(Protocol):
+    """What KVM needs of the memory of the process that made the VM. It is watched through `notifiers`."""
+
+    @property
+    def notifiers(self) -> list[Any]: ...
+
+    async def user_page(self, hva: int, write: bool) -> HostPage:
+        """The page at a host address. Raises: Refusal EFAULT."""
+        ...
+
+    async def pin_page(self, hva: int, write: bool) -> PinnedPage:
+        """The page at a host address, held until `put`. Raises: Refusal EFAULT."""
+        ...
+
+    async def copy_from_user(self, hva: int, size: int) -> bytes:
+        """Raises: Refusal EFAULT."""
+        ...
+
+    async def copy_to_user(self, hva: int, data: bytes) -> None:
+        """Raises: Refusal EFAULT."""
+        ...
+
+
+class KvmEnvironment(NamedTuple):
+    """What the kernel around KVM gives it: memory for files, engines for vCPUs, identities."""
+
+    scheduler: Scheduler
+    tracer: Tracer
+    identities: IdentityPool
+    new_inode: Callable[..., Inode]
+    new_engine: Callable[[GuestMemory], Engine]
+
+
+class Kvm:
+    """One VM file descriptor's worth. `number` names it in traces."""
+
+    def __init__(
+        self, environment: KvmEnvironment, number: int, vm_type: VmType, level: AbiLevel, mm: HostAddressSpace
+    ) -> None:
+        scheduler = environment.scheduler
+        self.environment = environment
+        self.scheduler = scheduler
+        self.tracer = environment.tracer
+        self.number = number
+        self.vm_type = vm_type
+        self.level = level
+        self.mm = mm
+        self.machine = VirtualMachine(scheduler, environment.identities)
+        self.lock = Lock(scheduler, LockClass.KVM_LOCK, f"kvm->lock vm {number}")
+        self.slots_lock = Lock(scheduler, LockClass.SLOTS_LOCK, f"slots_lock vm {number}")
+        self.srcu = Srcu(scheduler, f"kvm->srcu vm {number}")
+        self.memslots = SlotTable()
+        self.stage2 = Stage2(scheduler, self.tracer, number, self._flush_tlbs)
+        self.attributes: Attributes[Gfn] = Attributes(1 << (MAX_PHYSICAL_ADDRESS_BITS - 12), Access.SHARED)
+        self.vcpus: dict[int, Vcpu] = {}
+        self.enabled_hypercalls = 0
+        self.references = RefCount(scheduler, f"kvm {number}")
+        self.destroyed = False
+        self.host_invalidations = 0
+        self._host_invalidations_over = WaitQueue(scheduler, f"mn_memslots_update_rcuwait vm {number}")
+        mm.notifiers.append(self)
+
+    # What kind of VM this is
+
+    @property
+    def has_private_memory(self) -> bool:
+        """Source: kvm_arch_has_private_mem()."""
+        return _HAS_PRIVATE_MEMORY[self.vm_type]
+
+    @property
+    def guest_access_follows_state(self) -> bool:
+        """Whether an access that asserts nothing is what the page's state says. So for software-protected VMs, which
+        have no bit to assert with; a default VM's accesses are shared. Source: kvm_mmu_page_fault()."""
+        return self.vm_type is VmType.SW_PROTECTED
+
+    @property
+    def supported_vm_attributes(self) -> int:
+        """What KVM_SET_MEMORY_ATTRIBUTES takes, and KVM_CAP_MEMORY_ATTRIBUTES reports: nothing once pages carry their
+        state in the file. Source: kvm_supported_mem_attributes(); in-place v8 10/46."""
+        tracked_here = self.has_private_memory and not self.level.in_place
+        return KVM_MEMORY_ATTRIBUTE_PRIVATE if tracked_here else 0
+
+    # Queries
+
+    def access_of(self, gfn: Gfn, slot: MemorySlot | None) -> Access:
+        """Whether a frame is private or shared now. Without slot or live file: shared. Source: kvm_mem_is_private."""
+        if not self.level.in_place:
+            return self.attributes.get(gfn)
+        if slot is None or slot.context is None or not slot.context.file.references.value:
+            return Access.SHARED
+        index = slot.index_of(gfn)
+        inode = slot.context.inode
+        return inode.access_at(index) if index < inode.pages else Access.SHARED
+
+    # Memslot updates
+
+    async def swap_memslots(self, table: SlotTable) -> None:
+        """Make `table` the one that readers find, and wait until nobody reads the old one.
+
+        Not between the start and the end of a host invalidation: its end must see the slots that its start saw, or
+        window counts do not pair up (known bug B30). Source: kvm_swap_active_memslots; 52ac8b358b0c.
+        """
+        assert self.slots_lock.held_by_me, "memslots swapped without slots_lock"
+        await self._host_invalidations_over.wait_until(lambda: not self.host_invalidations)
+        self.memslots = table
+        await self.srcu.synchronize()
+
+    # Host invalidations (MMU notifier)
+
+    async def invalidate_range_start(self, start: int, end: int) -> None:
+        """Host addresses start..end are about to lose their pages: zap the frames that show them."""
+        self.host_invalidations += 1
+        ranges = self._gfns_of_hvas(start, end)
+        if ranges:
+            await self.stage2.begin(ranges, (Access.SHARED,))
+
+    async def invalidate_range_end(self, start: int, end: int) -> None:
+        if self._gfns_of_hvas(start, end):
+            await self.stage2.end()
+        self.host_invalidations -= 1
+        if not self.host_invalidations:
+            self._host_invalidations_over.wake_all()
+
+    def _gfns_of_hvas(self, start: int, end: int) -> list[Range[Gfn]]:
+        slots = (slot for slot in self.memslots.by_gfn if not slot.gmem_only)
+        return [gfns for slot in slots if (gfns := slot.gfns_of_hvas(start, end))]
+
+    # Life
+
+    def get(self) -> None:
+        self.references.get()
+
+    async def put(self) -> None:
+        """One holder less; the last one ends the VM. Never under a lock."""
+        if self.references.put():
+            self._destroy()
+
+    def _destroy(self) -> None:
+        """Source: kvm_destroy_vm. Files pin the VM, so no binding is left by now."""
+        self.mm.notifiers.remove(self)
+        for slot in self.memslots.by_gfn:
+            assert slot.context is None, f"S6: {slot} is bound in a VM that ends"
+            slot.freed = True
+        self.memslots = SlotTable()
+        for vcpu in self.vcpus.values():
+            vcpu.engine.close()
+        self.vcpus.clear()
+        for table in self.stage2.tables.values():
+            table.zap(Range(Gfn(0), Gfn(self.attributes.count)))
+        self.destroyed = True
+        self.machine.put()
+
+    def check(self) -> None:
+        """S5, S6 and the counters of windows, at a quiet moment."""
+        for slot in self.memslots.by_gfn:
+            assert not slot.freed, f"S6: {slot} is freed and in the table"
+            assert slot.context is None or slot in slot.context.bindings, f"S5: {slot} is not in its bindings"
+            if slot.context is not None:
+                slot.context.check()
+        assert not self.stage2.window.open, "S4: a window is open"
+
+    def _flush_tlbs(self) -> None:
+        for vcpu in self.vcpus.values():
+            vcpu.engine.flush_tlb()
