@@ -1,0 +1,317 @@
+"""Host: one machine in a script. Builds every room and offers what programs do with them, blocking.
+
+    with Host() as host:
+        vm = host.create_vm(VmType.SW_PROTECTED)
+        gmem = vm.create_guest_memfd(1 << 20, mmap=True, init_shared=True)
+        vm.set_memory_region(slot=0, gpa=0, size=1 << 20, gmem=gmem)
+        view = gmem.mmap()
+        view[0:5] = b"hello"
+        gmem.convert(0, 4096, Access.PRIVATE)
+        view[0]                                    # raises SigBus
+
+The rooms themselves are coroutines; everything here runs one to its end under the fifo policy, so a script or a REPL
+never sees `await`. What a call refuses it raises as `Refusal`, which names the rule.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
+
+from guestmem.cpu.engine import Engine, GuestMemory
+from guestmem.kvm.addresses import gfn_of
+from guestmem.kvm.context import KvmGmemContext
+from guestmem.kvm.exits import Exit, HltExit, ShutdownExit
+from guestmem.kvm.gmem import create_guest_memfd, set_memory_attributes2
+from guestmem.kvm.identity import IdentityPool
+from guestmem.kvm.populate import populate
+from guestmem.kvm.prefault import pre_fault_memory
+from guestmem.kvm.set_region import set_user_memory_region2
+from guestmem.kvm.vcpu import Vcpu, create_vcpu
+from guestmem.kvm.vm import Kvm, KvmEnvironment
+from guestmem.kvm.vm_attributes import set_memory_attributes
+from guestmem.memory import PAGE_SIZE, Abilities, Access, File, Inode, InodeStatistics, MemfdBacking, Pool
+from guestmem.memory.guest_memfd import Owner
+from guestmem.memory.pages import page_range
+from guestmem.sched import Policy, Scheduler, Task
+from guestmem.trace import Tracer
+from guestmem.uapi import kvm as uapi
+from guestmem.uapi.kvm import VmType
+from guestmem.uapi.levels import FUTURE, AbiLevel
+from guestmem.uapi.structs import CreateGuestMemfd, MemoryAttributes, MemoryAttributes2, PreFaultMemory
+from guestmem.uapi.structs import UserspaceMemoryRegion2 as Region2
+from guestmem.userspace import Pin, Process, Userspace, View
+
+T = TypeVar("T")
+EngineFactory = Callable[[GuestMemory], Engine]
+
+
+def default_engine(memory: GuestMemory) -> Engine:
+    """The engine of a vCPU unless a script says otherwise: Unicorn."""
+    from guestmem.cpu.unicorn import UnicornEngine  # not needed by who brings another engine
+
+    return UnicornEngine(memory)
+
+
+class Host:
+    """A machine with memory, a kernel and one process, the VMM.
+
+    `memory` is what its pool holds, in bytes; the default is this machine's. `level` is the ABI of its KVM. With
+    `debug`, freed pages are filled with junk. `policy` may be an exploring one.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: int | None = None,
+        level: AbiLevel = FUTURE,
+        engine: EngineFactory = default_engine,
+        policy: Policy | None = None,
+        debug: bool = False,
+    ) -> None:
+        self.scheduler = Scheduler(policy)
+        self.tracer = Tracer()
+        self.level = level
+        pages = (memory or os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE) // PAGE_SIZE
+        self.pool = Pool(pages)
+        self.identities = IdentityPool()
+        self.userspace = Userspace(self.scheduler, self.tracer, self.pool, self._new_backing)
+        self.process = self.userspace.spawn()
+        self.inodes: list[Inode] = []
+        self.vms: list[Kvm] = []
+        self._debug = debug
+        self._environment = KvmEnvironment(self.scheduler, self.tracer, self.identities, self.new_inode, engine)
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The VMM exits: every mapping and descriptor goes, and with them all that nobody else holds."""
+        self.scheduler.close()
+        self.run(self.process.exit(), "exit")
+
+    def run(self, coroutine: Coroutine[Any, None, T], name: str = "script") -> T:
+        """Run a coroutine of any room to its end; others run while it waits. `name` is the task's in traces."""
+        return self.scheduler.run(coroutine, name)
+
+    def create_vm(self, vm_type: VmType = VmType.DEFAULT, level: AbiLevel | None = None) -> Vm:
+        """KVM_CREATE_VM."""
+        kvm = Kvm(self._environment, len(self.vms), vm_type, level or self.level, self.process.mm)
+        self.vms.append(kvm)
+        fd = self.process.fds.reserve()
+        self.process.fds.install(fd, kvm)
+        return Vm(self, kvm, fd)
+
+    def new_inode(self, *, size: int, abilities: Abilities, owner: Owner | None = None, order: int = 0) -> Inode:
+        """An inode without a KVM: what the provider can do by itself (R13). Bytes."""
+        number = len(self.inodes) + 1
+        backing = self._new_backing(size // PAGE_SIZE, f"guest_memfd:{number}")
+        inode = Inode(
+            self.scheduler,
+            self.tracer,
+            self.pool,
+            backing,
+            number=number,
+            size=size,
+            abilities=abilities,
+            owner=owner,
+            order=order,
+        )
+        self.inodes.append(inode)
+        return inode
+
+    def anonymous(self, size: int) -> View:
+        """Anonymous memory of the VMM, as plain memslots and populate sources are made of. Bytes."""
+        hva = self.run(self.process.mmap_anonymous(size), "mmap")
+        return View(self.run, self.process.mm, hva, size)
+
+    def run_vcpus(self, *vcpus: VcpuHandle) -> Iterator[tuple[VcpuHandle, Exit]]:
+        """Run vCPUs side by side and hand out their exits, one at a time, as they come.
+
+        The script answers an exit (fills in its `data` or `ret`, converts memory, ...) in the body of its loop; the
+        vCPU goes on when the loop does. Those that halt or shut down are not entered again. Leaving the loop early
+        leaves the others where they are.
+        """
+        running: dict[Task[Exit], VcpuHandle] = {self._enter(vcpu): vcpu for vcpu in vcpus}
+        try:
+            while running:
+                task = self._first_done(running)
+                vcpu = running.pop(task)
+                exit_ = task.outcome()
+                yield vcpu, exit_
+                if not isinstance(exit_, (HltExit, ShutdownExit)):
+                    running[self._enter(vcpu)] = vcpu
+        finally:
+            for vcpu in running.values():
+                vcpu.vcpu.immediate_exit = True
+            while not all(task.done for task in running):
+                self.scheduler.step()
+            for vcpu in running.values():
+                vcpu.vcpu.immediate_exit = False
+
+    def check(self) -> None:
+        """Every room's own invariants, at a quiet moment."""
+        self.pool.check()
+        for inode in self.inodes:
+            inode.check()
+        for kvm in self.vms:
+            kvm.check()
+        self.process.mm.check()
+
+    def _new_backing(self, pages: int, name: str) -> MemfdBacking:
+        return MemfdBacking(pages, name, junk=self._debug)
+
+    def _enter(self, vcpu: VcpuHandle) -> Task[Exit]:
+        return self.scheduler.spawn(vcpu.vcpu.run(), f"vcpu {vcpu.vcpu.number}")
+
+    def _first_done(self, tasks: Iterable[Task[Exit]]) -> Task[Exit]:
+        while True:
+            for task in tasks:
+                if task.done:
+                    return task
+            self.scheduler.step()
+
+
+class Vm:
+    """A VM file descriptor."""
+
+    def __init__(self, host: Host, kvm: Kvm, fd: int) -> None:
+        self.host = host
+        self.kvm = kvm
+        self.fd = fd
+
+    def create_guest_memfd(self, size: int, *, mmap: bool = False, init_shared: bool = False) -> Gmem:
+        """KVM_CREATE_GUEST_MEMFD. Bytes. Raises: Refusal `create.*`, `fd.limit`."""
+        flags = mmap * uapi.GUEST_MEMFD_FLAG_MMAP | init_shared * uapi.GUEST_MEMFD_FLAG_INIT_SHARED
+        process = self.host.process
+        fd = self.host.run(create_guest_memfd(self.kvm, process.fds, CreateGuestMemfd(size, flags)), "create")
+        file = process.fds.get(fd)
+        assert isinstance(file, File)
+        return Gmem(self.host, file, fd)
+
+    def set_memory_region(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        *,
+        gmem: Gmem | None = None,
+        offset: int = 0,
+        memory: View | None = None,
+        flags: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2; `size` 0 deletes the slot. Bytes. Raises: Refusal `region.*`, `bind.*`."""
+        if gmem is not None:
+            flags |= uapi.KVM_MEM_GUEST_MEMFD
+        fd = gmem.fd if gmem is not None else -1
+        region = Region2(slot, flags, gpa, size, memory.hva if memory else 0, offset, fd)
+        self.host.run(set_user_memory_region2(self.kvm, self.host.process.fds, region), "set region")
+
+    def set_attributes(self, gpa: int, size: int, access: Access) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES, of levels without in-place conversion. Raises: Refusal `attributes.*`."""
+        self.host.run(set_memory_attributes(self.kvm, MemoryAttributes(gpa, size, _bits(access))), "set attributes")
+
+    def pre_fault(self, gpa: int, size: int) -> int:
+        """KVM_PRE_FAULT_MEMORY; how many bytes are left undone. Raises: Refusal `prefault.*`, `fault.*`."""
+        return self.host.run(pre_fault_memory(self.kvm, PreFaultMemory(gpa, size)), "pre-fault").size
+
+    def populate(self, gpa: int, source: View | None, pages: int) -> int:
+        """Put first bytes into private memory; how many pages were done. Raises: Refusal `populate.*`, `fault.*`."""
+        hva = source.hva if source is not None else None
+        return self.host.run(populate(self.kvm, gfn_of(gpa), hva, pages), "populate")
+
+    def enable_hypercalls(self, *numbers: int) -> None:
+        """KVM_CAP_EXIT_HYPERCALL: these come back as exits instead of -KVM_ENOSYS."""
+        for number in numbers:
+            self.kvm.enabled_hypercalls |= 1 << number
+
+    def create_vcpu(self, number: int = 0) -> VcpuHandle:
+        """KVM_CREATE_VCPU."""
+        vcpu = self.host.run(create_vcpu(self.kvm, number), "create vcpu")
+        fd = self.host.process.fds.reserve()
+        self.host.process.fds.install(fd, vcpu)
+        return VcpuHandle(self.host, vcpu, fd)
+
+    def close(self) -> None:
+        """Close the descriptor. Files and vCPUs that are open keep the VM."""
+        self.host.run(self.host.process.fds.close(self.fd), "close")
+
+
+class VcpuHandle:
+    """A vCPU file descriptor."""
+
+    def __init__(self, host: Host, vcpu: Vcpu, fd: int) -> None:
+        self.host = host
+        self.vcpu = vcpu
+        self.engine = vcpu.engine
+        self.fd = fd
+
+    def run(self) -> Exit:
+        """KVM_RUN. Several at once: Host.run_vcpus."""
+        return self.host.run(self.vcpu.run(), f"vcpu {self.vcpu.number}")
+
+    def close(self) -> None:
+        self.host.run(self.host.process.fds.close(self.fd), "close")
+
+
+class Gmem:
+    """A guest_memfd descriptor."""
+
+    def __init__(self, host: Host, file: File, fd: int) -> None:
+        self.host = host
+        self.file = file
+        self.fd = fd
+
+    @property
+    def inode(self) -> Inode:
+        return self.file.inode
+
+    def convert(self, offset: int, size: int, to: Access) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES2. Bytes. Raises: Refusal `attributes2.*`, `convert.*`."""
+        self.host.run(set_memory_attributes2(self.file, MemoryAttributes2(offset, size, _bits(to))), "convert")
+
+    def allocate(self, offset: int, size: int) -> None:
+        """fallocate(KEEP_SIZE). Bytes. Raises: Refusal `fallocate.*`, `pool.empty`."""
+        self.host.run(self.inode.fallocate(1, offset, size), "fallocate")
+
+    def punch_hole(self, offset: int, size: int) -> None:
+        """fallocate(PUNCH_HOLE | KEEP_SIZE). Bytes. Raises: Refusal `fallocate.*`, `punch.busy`."""
+        self.host.run(self.inode.fallocate(3, offset, size), "punch hole")
+
+    def mmap(self, offset: int = 0, size: int | None = None, process: Process | None = None) -> View:
+        """A mapping in the VMM (or another process), as a guarded view. Raises: Refusal `mmap.*`."""
+        process = process or self.host.process
+        size = self.inode.size - offset if size is None else size
+        hva = self.host.run(process.mmap(self.file, size, offset), "mmap")
+        return View(self.host.run, process.mm, hva, size)
+
+    def pin(self, view: View, offset: int, pages: int) -> Pin:
+        """A long-term pin of pages of a view of this file; unpin() ends it. Raises: Refusal `user.page`."""
+        return self.host.run(self.host.process.pin(view.hva + offset, pages), "pin")
+
+    def accesses(self) -> list[tuple[int, int, Access]]:
+        """(offset, size, access) of each stretch, in bytes, over the whole file."""
+        pages = page_range(0, self.inode.size)
+        assert pages is not None
+        return [(run.start * PAGE_SIZE, run.pages * PAGE_SIZE, access) for run, access in self.inode.runs(pages)]
+
+    def statistics(self) -> InodeStatistics:
+        return self.inode.statistics()
+
+    def bound_to(self, vm: Vm) -> bool:
+        """Whether this file is a view of `vm`."""
+        return isinstance(self.file.private_data, KvmGmemContext) and self.file.private_data.kvm is vm.kvm
+
+    def close(self) -> None:
+        self.host.run(self.host.process.fds.close(self.fd), "close")
+
+
+def _bits(access: Access) -> int:
+    return uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE if access is Access.PRIVATE else 0
