@@ -1,0 +1,1 @@
+"""What executes a guest: the Engine protocol and the engines behind it."""

@@ -1,0 +1,169 @@
+"""Engine: what executes a guest, seen from KVM; GuestMemory: what an engine sees of KVM.
+
+An engine runs guest instructions until something needs KVM and returns a `Stop` that says what. It never waits and
+never faults memory in: a page that stage 2 does not hold is a `Stage2Miss`, KVM handles it (which may take locks) and
+runs the engine again, which repeats the access. State is exact at every stop: a stop that KVM answers by running again
+repeats the instruction, unless the stop's docstring says that it is complete.
+
+Engines are serialised: one thread, one engine at a time, a slice at a time. Two software CPUs on one memory are not
+atomic (design/feasibility.md section 3: `lock inc` from two threads lost half of its updates), so a slice ends between
+two instructions and the order of slices is the scheduler's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol, TypeAlias
+
+from guestmem.cpu.registers import Regs, Sregs
+
+
+class HostWindow(NamedTuple):
+    """A range of the server's own virtual memory that an engine may address. Bytes."""
+
+    base: int
+    size: int
+
+
+class Translation(NamedTuple):
+    """Where a guest page is: the host address of its first byte, whether stage 2 lets it be written, its window."""
+
+    hva: int
+    writable: bool
+    window: HostWindow
+
+
+class GuestMemory(Protocol):
+    """Stage 2 as an engine asks it."""
+
+    def translate(self, gpa: int, write: bool, private: bool | None) -> Translation | None:
+        """The 4K page of `gpa`, or None if stage 2 does not map it for such an access. Never waits.
+
+        `private` is the kind that the guest itself asserts (the C-bit of SNP); None where the guest cannot, and the
+        attribute of the page decides.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stage2Miss:
+    """Stage 2 refused an access to `gpa`, of the guest or of its page walk. Run again to repeat it."""
+
+    gpa: int
+    write: bool = False
+    fetch: bool = False
+    private: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PortOut:
+    """OUT of `size` bytes. Complete: the instruction pointer is past it."""
+
+    port: int
+    size: int
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PortIn:
+    """IN of `size` bytes. `Engine.complete(value)`, then run, finishes it."""
+
+    port: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MmioWrite:
+    """Answer of `Engine.emulate_mmio`: `size` bytes `value` go to `gpa`. Complete, or run again for the rest of it."""
+
+    gpa: int
+    size: int
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MmioRead:
+    """Answer of `Engine.emulate_mmio`: the guest wants `size` bytes of `gpa`. `complete(value)`, then run."""
+
+    gpa: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Halt:
+    """HLT. Complete."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hypercall:
+    """VMCALL or VMMCALL: RAX and RBX, RCX, RDX, RSI. `complete(value)` puts the result into RAX. Past the instruction.
+
+    `cpl` is the privilege level of the caller: KVM refuses hypercalls from outside ring 0.
+    """
+
+    nr: int
+    args: tuple[int, int, int, int]
+    cpl: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Triple fault: an exception that could not be delivered. The vCPU cannot go on."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SliceOver:
+    """The slice has ended between two instructions. Run again."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine cannot execute what stands at `rip`: KVM_EXIT_INTERNAL_ERROR. `why` is for the reader."""
+
+    rip: int
+    why: str
+
+
+Stop: TypeAlias = (
+    Stage2Miss | PortOut | PortIn | MmioWrite | MmioRead | Halt | Hypercall | Shutdown | SliceOver | Failed
+)
+
+CpuidTable: TypeAlias = dict[tuple[int, int], tuple[int, int, int, int]]
+"""(leaf, subleaf) to (eax, ebx, ecx, edx); subleaf 0 also answers for leaves that have none."""
+
+
+class Engine(Protocol):
+    """One virtual CPU."""
+
+    def run(self) -> Stop:
+        """Execute until a stop. Returns `SliceOver` after at most about a millisecond."""
+        ...
+
+    def emulate_mmio(self, gpa: int, write: bool) -> Stop:
+        """Execute the instruction that missed stage 2 at `gpa`, which KVM found to be no memory.
+
+        The answer is MmioRead or MmioWrite, or another stop if the instruction met that first.
+        """
+        ...
+
+    def complete(self, value: int) -> None:
+        """The value that the last PortIn, MmioRead or Hypercall asked for."""
+        ...
+
+    def flush_tlb(self) -> None:
+        """Forget every translation: the next access of each page asks GuestMemory again."""
+        ...
+
+    def set_cpuid(self, table: CpuidTable) -> None: ...
+
+    def get_regs(self) -> Regs: ...
+
+    def set_regs(self, regs: Regs) -> None: ...
+
+    def get_sregs(self) -> Sregs: ...
+
+    def set_sregs(self, sregs: Sregs) -> None: ...
+
+    def close(self) -> None:
+        """Give back what the engine holds. Idempotent."""
+        ...
