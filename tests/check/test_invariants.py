@@ -72,7 +72,7 @@ def s5_slot_unknown_to_file(world: World) -> None:
 
 
 def s5_bound_past_the_end(world: World) -> None:
-    world.slot.first = PageIndex(7)
+    world.slot.pages = Range(PageIndex(7), PageIndex(15))
     for table in world.kvm.stage2.tables.values():
         table.zap(Range(Gfn(0), Gfn(99)))
 

@@ -332,7 +332,7 @@ def snapshot(world: World) -> Hashable:
     vms = tuple(
         (
             kvm.number,
-            tuple((slot.id, slot.gfns, slot.flags, slot.first, id(slot.context)) for slot in kvm.memslots.by_gfn),
+            tuple((slot.id, slot.gfns, slot.flags, slot.pages, id(slot.context)) for slot in kvm.memslots.by_gfn),
         )
         for kvm in _live(world)
     )

@@ -51,7 +51,7 @@ class KvmGmemContext:
             await self.kvm.stage2.begin(ranges, invalidation.accesses)
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
-        if self.gfns_of(invalidation.pages):
+        if self._overlapping(invalidation.pages):
             await self.kvm.stage2.end()
 
     def gfns_of(self, pages: PageRange) -> list[Range[Gfn]]:
@@ -83,7 +83,7 @@ class KvmGmemContext:
 
     def binding_at(self, index: PageIndex) -> MemorySlot | None:
         """The slot that is bound to a page."""
-        place = bisect.bisect_right(self.bindings, index, key=lambda slot: slot.first) - 1
+        place = bisect.bisect_right(self.bindings, index, key=_first_page) - 1
         return self.bindings[place] if place >= 0 and self.bindings[place].pages.contains(index) else None
 
     async def bind(self, slot: MemorySlot, first: PageIndex) -> None:
@@ -99,8 +99,8 @@ class KvmGmemContext:
                 )
             if self.kvm.scheduler.fails("bind: store"):
                 raise Refusal(errno.ENOMEM, "bind.nomem", slot=slot.id)
-            slot.first = first
-            bisect.insort(self.bindings, slot, key=lambda bound: bound.first)
+            slot.pages = pages
+            bisect.insort(self.bindings, slot, key=_first_page)
             slot.context = self
             slot.gmem_only = self.kvm.level.in_place or self.inode.abilities.mmap
             self._trace_binding(slot, bound=True)
@@ -143,10 +143,10 @@ class KvmGmemContext:
         self._trace_binding(slot, bound=False)
 
     def _overlapping(self, pages: PageRange) -> list[MemorySlot]:
-        place = max(bisect.bisect_right(self.bindings, pages.start, key=lambda slot: slot.first) - 1, 0)
+        place = max(bisect.bisect_right(self.bindings, pages.start, key=_first_page) - 1, 0)
         found = []
         for slot in self.bindings[place:]:
-            if slot.first >= pages.end:
+            if slot.pages.start >= pages.end:
                 break
             if slot.pages.overlaps(pages):
                 found.append(slot)
@@ -171,3 +171,7 @@ class KvmGmemContext:
             assert slot.pages.end <= limit, f"S5: {slot} is bound beyond the end of the file"
         for before, after in zip(self.bindings, self.bindings[1:], strict=False):
             assert not before.pages.overlaps(after.pages), f"S5: {before} and {after} share a page"
+
+
+def _first_page(slot: MemorySlot) -> PageIndex:
+    return slot.pages.start

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 class MemorySlot:
     """`gfns` of guest memory. Immutable but for `invalid` and the two pointers of a guest_memfd binding.
 
-    `context` and `first` (page of the file) are set while the slot is bound; `gmem_only` says that shared accesses too
-    are served from the file and not from `userspace_addr`.
+    `context` is set while the slot is bound, `pages` are those of the file that it shows, the last ones if it is bound
+    no more; `gmem_only` says that shared accesses too are served from the file and not from `userspace_addr`.
     """
 
-    __slots__ = ("context", "first", "flags", "freed", "gfns", "gmem_only", "id", "invalid", "userspace_addr")
+    __slots__ = ("context", "flags", "freed", "gfns", "gmem_only", "id", "invalid", "pages", "userspace_addr")
 
     def __init__(self, number: int, flags: int, gfns: Range[Gfn], userspace_addr: int) -> None:
         self.id = number
@@ -40,7 +40,7 @@ class MemorySlot:
         self.invalid = False
         self.freed = False
         self.context: KvmGmemContext | None = None
-        self.first = PageIndex(0)
+        self.pages: PageRange = Range(PageIndex(0), PageIndex(0))
         self.gmem_only = False
 
     def __repr__(self) -> str:
@@ -60,21 +60,16 @@ class MemorySlot:
         """The file that the slot is bound to; it may be dying."""
         return self.context.file if self.context else None
 
-    @property
-    def pages(self) -> PageRange:
-        """The pages of the file that the slot shows."""
-        return Range(self.first, PageIndex(self.first + self.gfns.pages))
-
     def index_of(self, gfn: Gfn) -> PageIndex:
         """The file page of a frame of this slot."""
-        return PageIndex(self.first + gfn - self.gfns.start)
+        return PageIndex(self.pages.start + gfn - self.gfns.start)
 
     def gfns_of(self, pages: PageRange) -> Range[Gfn] | None:
         """Where the slot shows any of `pages`; None if nowhere."""
         inside = self.pages.intersection(pages)
         if inside is None:
             return None
-        shift = self.gfns.start - self.first
+        shift = self.gfns.start - self.pages.start
         return Range(Gfn(inside.start + shift), Gfn(inside.end + shift))
 
     def hva_of(self, gfn: Gfn) -> int:

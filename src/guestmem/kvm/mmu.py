@@ -125,7 +125,7 @@ def _leaf_order(slot: MemorySlot, gfn: Gfn, limit: int) -> int:
     Source: spec/semantics.md section 5, last line; kvm_mmu_max_mapping_level.
     """
     for order in ORDERS:
-        congruent = not (slot.gfns.start - slot.first) & ((1 << order) - 1)
+        congruent = not (slot.gfns.start - slot.pages.start) & ((1 << order) - 1)
         if order <= limit and congruent and slot.gfns.covers(block(gfn, order)):
             return order
     return 0

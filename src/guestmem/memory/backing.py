@@ -90,7 +90,7 @@ class MemfdBacking:
         return self._windows[window], self._window_size(window)
 
     def populate(self, pages: PageRange) -> None:
-        _fallocate(self.fd, _FALLOC_FL_KEEP_SIZE, pages)
+        fallocate(self.fd, _FALLOC_FL_KEEP_SIZE, pages)
 
     def free(self, pages: PageRange) -> None:
         if self._junk:
@@ -98,7 +98,7 @@ class MemfdBacking:
                 ctypes.memset(self.hva(part.start), JUNK, part.pages << PAGE_SHIFT)
             self._dirty.add_range(pages.start, pages.end)
         else:
-            _fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, pages)
+            fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, pages)
 
     def zero(self, pages: PageRange) -> None:
         if not self._dirty.range_cardinality(pages.start, pages.end):
@@ -143,7 +143,7 @@ def write_host(hva: int, data: bytes) -> None:
     ctypes.memmove(hva, data, len(data))
 
 
-def _fallocate(fd: int, mode: int, pages: PageRange) -> None:
+def fallocate(fd: int, mode: int, pages: PageRange) -> None:
     if _libc.fallocate(fd, mode, pages.start << PAGE_SHIFT, pages.pages << PAGE_SHIFT):
         error = ctypes.get_errno()
         raise OSError(error, f"fallocate of the backing: {os.strerror(error)}")

@@ -1,0 +1,1 @@
+"""The guestmem command, one file for each sub-command."""

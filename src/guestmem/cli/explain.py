@@ -1,0 +1,32 @@
+"""`guestmem explain`: what a rule says and where it comes from."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from guestmem.uapi.rules import RULES, Rule
+
+
+def explain(
+    rule: Annotated[str | None, typer.Argument(help="A rule's name, or the start of one; all rules without.")] = None,
+) -> None:
+    """Print a rule by which guestmem refuses: errno, place in the order of checks, source."""
+    found = [entry for name, entry in RULES.items() if rule is None or name == rule or name.startswith(f"{rule}.")]
+    if not found:
+        near = difflib.get_close_matches(rule or "", RULES, n=3, cutoff=0.4)
+        typer.echo(f"no rule {rule!r}" + (f"; did you mean {', '.join(near)}?" if near else ""), err=True)
+        raise typer.Exit(2)
+    Console().print(_table(found))
+
+
+def _table(rules: list[Rule]) -> Table:
+    table = Table("rule", "errno", "call", "check", "what was broken", "source", "levels", box=None)
+    for rule in rules:
+        errnos = " or ".join(rule.errnos)
+        table.add_row(rule.name, errnos, rule.call, str(rule.order), rule.text, rule.source, rule.levels or "all")
+    return table

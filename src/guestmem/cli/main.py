@@ -1,0 +1,11 @@
+"""`guestmem`: the command line."""
+
+from __future__ import annotations
+
+import typer
+
+from guestmem.cli import demo, explain
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="guest_memfd in user space.")
+app.command("demo")(demo.demo)
+app.command("explain")(explain.explain)

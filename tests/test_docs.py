@@ -1,0 +1,65 @@
+"""The documentation is true: each python block runs, and prints what stands below it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pathlib
+import re
+
+import pytest
+
+from guestmem.check.invariants import NOT_YET, PROPERTIES
+from guestmem.sched import LockClass
+from guestmem.uapi.levels import LEVELS
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = ["README.md", "docs/tutorial.md", "docs/how-to.md"]
+BLOCKS = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<output>.*?)```\n)?", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_prints_what_the_page_says(page: str) -> None:
+    names: dict[str, object] = {"__name__": "docs"}
+    blocks = list(BLOCKS.finditer((ROOT / page).read_text()))
+    assert blocks
+    for block in blocks:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(block["code"], page, "exec"), names)
+        assert out.getvalue() == (block["output"] or "")
+
+
+def test_the_reference_lists_the_properties_as_they_are() -> None:
+    rows = dict(re.findall(r"^\| (S\d+) \| (.*?) \| ", (ROOT / "docs/reference.md").read_text(), re.MULTILINE))
+    assert set(rows) == {f"S{number}" for number in range(1, 22)}
+    for name, prop in PROPERTIES.items():
+        assert rows[name] == prop.statement
+    for name in NOT_YET:
+        assert re.search(rf"^\| {name} \|.*\| not yet", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)
+
+
+def test_the_reference_lists_the_levels_as_they_are() -> None:
+    text = (ROOT / "docs/reference.md").read_text()
+    for level in LEVELS.values():
+        errno_name = {22: "EINVAL", 17: "EEXIST"}[level.overlap_errno]
+        cells = [level.mmap, level.in_place, errno_name, level.signed_range_end]
+        row = " | ".join({True: "yes", False: "no"}.get(cell, str(cell)) for cell in cells)  # type: ignore[call-overload]
+        assert f"| {level.name} | {row} |" in text
+
+
+def test_the_lock_order_is_printed_in_order() -> None:
+    text = (ROOT / "docs/reference.md").read_text().split("## Lock order")[1].lower().replace("\n", " ")
+    names = ["kvm->lock", "vcpu->mutex", *(name.replace("_", " ") for name in ("folio_lock",))]
+    assert all(name in text for name in names)
+    places = [text.index(lock.name.lower()) for lock in LockClass if lock.name.lower() in text]
+    assert places == sorted(places)
+    assert len(places) >= 5
+
+
+def test_every_folder_of_the_map_exists() -> None:
+    for path in re.findall(r"^\| `(src/[^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert (ROOT / path).exists(), path
+    rooms = {path.name for path in (ROOT / "src/guestmem").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    mapped = set(re.findall(r"`src/guestmem/(\w+)`", (ROOT / "README.md").read_text()))
+    assert rooms == mapped
