@@ -453,9 +453,9 @@ SETTINGS = settings(
 
 def shard(name: str) -> type:
     """A test class of its own: another fixed seed, and another worker's business."""
-    machine = type(name, (GuestMemory,), {})
-    case = machine.TestCase
-    case.settings = SETTINGS
+    machine: Any = type(name, (GuestMemory,), {})
+    case: type = machine.TestCase
+    case.settings = SETTINGS  # type: ignore[attr-defined]
     case.__name__ = case.__qualname__ = f"Test{name}"
     return case
 

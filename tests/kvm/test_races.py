@@ -22,7 +22,7 @@ from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.stage2 import Stage2
 from guestmem.memory import PAGE_SIZE, Access, Inode, Invalidation, PageIndex, Window
 from guestmem.memory.notifier import Telling
-from guestmem.sched import Policy
+from guestmem.sched import Policy, fingerprint
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from guestmem.uapi.structs import MemoryAttributes2, PreFaultMemory, UserspaceMemoryRegion2
@@ -218,6 +218,15 @@ def poison_against_guest(policy: Policy) -> dict[str, str]:
     return race.go()
 
 
+def poison_against_host(policy: Policy) -> dict[str, str]:
+    race = Race(policy)
+    race.view[0] = 1
+    race.bench.run(race.bench.host.process.mm.discard(race.view.hva, K))
+    race.actor("host", race.host_write())
+    race.actor("poison", race.gmem.inode.memory_failure(PageIndex(0)))
+    return race.go()
+
+
 def closing_everything_at_once(policy: Policy) -> dict[str, str]:
     race = Race(policy)
     race.actor("guest", race.guest(Store(0, 1)))
@@ -233,6 +242,7 @@ def _delete(slot: int) -> UserspaceMemoryRegion2:
 EXHAUSTED: list[Scenario] = [
     conversion_against_host,
     conversion_against_pin,
+    poison_against_host,
     slot_deletion_against_last_close,
     two_binds_of_one_page,
 ]
@@ -255,6 +265,7 @@ SOMETIMES: dict[Scenario, set[tuple[str, str]]] = {
     two_binds_of_one_page: {("one", "ok"), ("one", "bind.overlap"), ("two", "ok"), ("two", "bind.overlap")},
     slot_deletion_against_prefault: {("prefault", "ok"), ("prefault", "prefault.no_slot"), ("delete", "ok")},
     slot_deletion_against_last_close: {("close", "ok"), ("delete", "ok")},
+    poison_against_host: {("host", "ok"), ("host", "SIGBUS"), ("poison", "ok")},
     punch_against_guest_and_host: {("host", "ok"), ("punch", "ok")},
 }
 
@@ -272,6 +283,29 @@ def test_in_many_schedules(scenario: Scenario) -> None:
     for seed in range(RANDOM_SEEDS):
         seen.update(scenario(Random(seed)).items())
     assert SOMETIMES.get(scenario, set()) <= seen, "a scenario in which nothing happens proves nothing"
+
+
+def test_the_same_choices_make_the_same_states() -> None:
+    """What pruning and replay stand on: nothing but the policy decides, and addresses are not state."""
+
+    def states(seed: int) -> list[int]:
+        race = Race(Random(seed), pages=2)
+        host = race.bench.host
+        seen: list[int] = []
+        race.actor("guest", race.guest(Store(0, 1), Load(K)))
+        race.actor("convert", race.convert(Access.PRIVATE, pages=2))
+        race.actor("pin", race.pin())
+        host.scheduler.observers.append(
+            lambda task: seen.append(hash(fingerprint(host.inodes, host.vms, host.pool, host.userspace, task)))
+        )
+        race.go()
+        return seen
+
+    for seed in range(5):
+        once = states(seed)
+        assert once == states(seed)
+        assert len(set(once)) > len(once) / 2
+    assert states(1) != states(2)
 
 
 # With one line taken out, a property notices
@@ -341,7 +375,7 @@ def test_b30_memslots_swapped_inside_a_host_invalidation(monkeypatch: pytest.Mon
 
 
 def test_a_window_that_lets_stale_look_ups_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Window, "blocks", lambda self, seen, number: False)
+    monkeypatch.setattr(Window, "blocks", lambda self, seen, numbers: False)
     assert breaks(punch_against_guest_and_host) in ("S3", "S10")
 
 

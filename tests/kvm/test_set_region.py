@@ -240,6 +240,20 @@ def test_an_overlapping_bind_is_eexist_from_7_2_and_a_wild_end_is_caught() -> No
     bench.close()
 
 
+def test_a_vm_without_private_memory_has_guest_memfd_slots_only_since_they_are_mappable() -> None:
+    """Known bug B67. Linux 6.12 asked kvm_arch_has_private_mem(), 6.18 kvm_arch_supports_gmem()."""
+    for level, expected in (("v6.12", "region.flags"), ("v6.18", None)):
+        bench = Bench(level=LEVELS[level], vm_type=VmType.DEFAULT)
+        gmem = bench.gmem(mmap=False, init_shared=False, gpa=None)
+        if expected is None:
+            bench.vm.set_memory_region(0, 0, 8 * K, gmem=gmem)
+        else:
+            with pytest.raises(Refusal) as caught:
+                bench.vm.set_memory_region(0, 0, 8 * K, gmem=gmem)
+            assert (caught.value.errno, caught.value.rule) == (errno.EINVAL, expected)
+        bench.close()
+
+
 def test_a_plain_slot_can_move_and_change_its_logging_but_not_its_size(bench: Bench) -> None:
     memory = bench.host.anonymous(4 * K)
     memory[0] = 0x55

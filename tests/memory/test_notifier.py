@@ -113,23 +113,23 @@ def test_unregistering_waits_for_the_call_in_flight_in_every_schedule() -> None:
 def test_window_blocks_what_was_looked_up_before_it_closed() -> None:
     window: Window[int] = Window("seq")
     seen = window.sequence.read()
-    assert not window.blocks(seen, 5)
+    assert not window.blocks(seen, Range(5, 6))
     window.begin(Range(4, 6))
-    assert window.blocks(window.sequence.read(), 5)
-    assert not window.blocks(window.sequence.read(), 6)
+    assert window.blocks(window.sequence.read(), Range(5, 6))
+    assert not window.blocks(window.sequence.read(), Range(6, 7))
     window.end()
-    assert window.blocks(seen, 5), "the look-up is older than the window"
-    assert not window.blocks(window.sequence.read(), 5)
+    assert window.blocks(seen, Range(5, 6)), "the look-up is older than the window"
+    assert not window.blocks(window.sequence.read(), Range(5, 6))
 
 
 def test_windows_nest_over_their_hull_and_pair_up() -> None:
     window: Window[int] = Window("seq")
     window.begin(Range(0, 1))
     window.begin(Range(8, 9))
-    assert window.blocks(window.sequence.read(), 4), "the hull, as in the kernel"
+    assert window.blocks(window.sequence.read(), Range(4, 5)), "the hull, as in the kernel"
     window.end()
-    assert window.blocks(window.sequence.read(), 0)
+    assert window.blocks(window.sequence.read(), Range(0, 1))
     window.end()
-    assert not window.blocks(window.sequence.read(), 0)
+    assert not window.blocks(window.sequence.read(), Range(0, 1))
     with pytest.raises(AssertionError, match="S4"):
         window.end()

@@ -32,6 +32,10 @@ class Translation(NamedTuple):
     writable: bool
     window: HostWindow
 
+    def __fingerprint__(self) -> bool:
+        """Without addresses: where the host put the page is not state."""
+        return self.writable
+
 
 class GuestMemory(Protocol):
     """Stage 2 as an engine asks it."""

@@ -76,7 +76,7 @@ async def page_fault(
             leaf, access = await _find_page(kvm, slot, gfn, asked, write, held)
             await kvm.scheduler.preempt("page looked up, leaf not installed")
             async with kvm.stage2.mmu_lock:
-                mapped = kvm.stage2.install(leaf, access, seen, gfn)
+                mapped = kvm.stage2.install(leaf, access, seen)
             return FaultResult.MAPPED if mapped else FaultResult.RETRY
     finally:
         await held.put()

@@ -83,7 +83,7 @@ def check_region(kvm: Kvm, alleged: UserspaceMemoryRegion2) -> Region:
     slot = alleged.slot & 0xFFFF
     if slot >= KVM_USER_MEM_SLOTS:
         raise Refusal(errno.EINVAL, "region.slot_id", slot=slot, slots=KVM_USER_MEM_SLOTS)
-    _check_flags(alleged.flags)
+    _check_flags(kvm, alleged.flags)
     size, gpa = alleged.memory_size, alleged.guest_phys_addr
     if (size | gpa) & (PAGE_SIZE - 1):
         raise Refusal(errno.EINVAL, "region.unaligned", size=size, gpa=gpa)
@@ -111,9 +111,11 @@ def check_region(kvm: Kvm, alleged: UserspaceMemoryRegion2) -> Region:
     )
 
 
-def _check_flags(flags: int) -> None:
+def _check_flags(kvm: Kvm, flags: int) -> None:
     """Private memory can neither be logged nor read-only: known bug B11 was the latter."""
-    legal = KVM_MEM_GUEST_MEMFD if flags & KVM_MEM_GUEST_MEMFD else KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
+    legal = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
+    if flags & KVM_MEM_GUEST_MEMFD and (kvm.level.mmap or kvm.has_private_memory):
+        legal = KVM_MEM_GUEST_MEMFD
     if flags & ~legal:
         raise Refusal(errno.EINVAL, "region.flags", flags=flags, legal=legal)
 

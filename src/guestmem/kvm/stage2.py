@@ -30,6 +30,10 @@ class Leaf(NamedTuple):
     window: tuple[int, int]
     writable: bool
 
+    def __fingerprint__(self) -> tuple[int, int, int, bool]:
+        """Without addresses: where the host put the file is not state."""
+        return self.gfn, self.order, self.pfn, self.writable
+
 
 class Stage2:
     """The guest's address space as KVM maps it. `flush` drops what vCPUs cached of it."""
@@ -57,14 +61,14 @@ class Stage2:
             return None
         return Translation(leaf.hva + ((gfn - leaf.gfn) << PAGE_SHIFT), leaf.writable, HostWindow(*leaf.window))
 
-    def install(self, leaf: Leaf, access: Access, seen: int, fault_gfn: Gfn) -> bool:
+    def install(self, leaf: Leaf, access: Access, seen: int) -> bool:
         """Map `leaf` unless the look-up behind it is void; whether it was mapped. mmu_lock held.
 
-        `seen` is the window's sequence from before the look-up. Frames that the leaf covers with the other access, or
-        with smaller leaves, are replaced.
+        `seen` is the window's sequence from before the look-up. A window over any frame of the leaf makes it void, not
+        only one over the frame that faulted (S13). Smaller leaves in its place are replaced.
         """
         assert self.mmu_lock.held_by_me, "install without mmu_lock"
-        if self.window.blocks(seen, fault_gfn):
+        if self.window.blocks(seen, Range(leaf.gfn, Gfn(leaf.gfn + (1 << leaf.order)))):
             return False
         self.tables[access].map(leaf.gfn, leaf.order, leaf)
         if self._tracer.enabled:

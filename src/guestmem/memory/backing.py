@@ -74,6 +74,8 @@ class MemfdBacking:
 
     def __fingerprint__(self) -> tuple[bytes, ...]:
         """The bytes of the file are state; where they are is not. For files of the size that an explorer uses."""
+        if self.fd < 0:
+            return ()
         return tuple(os.pread(self.fd, PAGE_SIZE, offset) for offset in range(0, self._size, PAGE_SIZE))
 
     def hva(self, index: PageIndex) -> int:

@@ -4,9 +4,9 @@ The provider serves pages by file offset to whoever registered, decides who may 
 place. It tells its users before it does, never maps anything for them, and knows nothing of what they are: no word of
 KVM, of an IOMMU or of an architecture.
 
-Protocol. `invalidate_lock` is held exclusively by whatever changes what a page means (convert, punch_hole, destroy) and
-shared by whatever looks a page up (fault, populate). A change tells its users first, in a window from invalidate_begin
-to invalidate_end:
+Protocol. `invalidate_lock` is held exclusively by whatever changes what a page means (convert, punch_hole, poison,
+destroy) and shared by whatever looks a page up (fault, allocate). A change tells its users first, in a window from
+invalidate_begin to invalidate_end:
 
     convert:  already there? -> room -> to private: users that take references first, then look for references
               -> the other users -> did all unmap? -> STORE -> end
@@ -87,6 +87,10 @@ class Page(NamedTuple):
     order: int
     hva: int
     window: tuple[int, int]
+
+    def __fingerprint__(self) -> tuple[int, int]:
+        """Without addresses: where the host put the file is not state."""
+        return self.pfn, self.order
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -365,16 +369,17 @@ class Inode:
     async def memory_failure(self, index: PageIndex) -> bool:
         """The memory of a page went bad: users drop it, and it is never given out again. False if there is no page.
 
-        Source: kvm_gmem_error_folio; spec/semantics.md section 6. Only a shared lock: a fault that has looked the page
-        up already finds the window open, or the poison.
+        Source: kvm_gmem_error_folio; spec/semantics.md section 6. The kernel takes the lock shared, since KVM has its
+        window and core mm unmaps userspace under the folio lock. Here userspace is a user whose faults rely on
+        invalidate_lock alone, so it is taken exclusively.
         """
-        async with self.invalidate_lock.shared:
+        async with self.invalidate_lock.exclusive:
             if index not in self.folios.present:
                 return False
             folio = self.folios.folio(index)
             async with self.users.tell(Invalidation(folio, Reason.POISON, BOTH)) as telling:
-                self.folios.poisoned.add_range(folio.start, folio.end)
                 await telling.begin()
+                self.folios.poisoned.add_range(folio.start, folio.end)
                 if self._tracer.enabled:
                     self._tracer.emit(event.GmemPoison(self.number, index))
             return True

@@ -223,8 +223,8 @@ class Window(Generic[N]):
         if not self.open:
             self.hull = None
 
-    def blocks(self, seen: int, number: N) -> bool:
-        """Whether a lookup of `number` that noted sequence `seen` may no longer be installed."""
-        if self.hull is not None and self.hull.contains(number):
+    def blocks(self, seen: int, numbers: Range[N]) -> bool:
+        """Whether a leaf over `numbers`, from a lookup that noted sequence `seen`, may no longer be installed."""
+        if self.hull is not None and self.hull.overlaps(numbers):
             return True
         return self.sequence.moved_since(seen)

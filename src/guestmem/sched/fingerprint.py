@@ -2,7 +2,9 @@
 
 `fingerprint(*roots)` walks everything that can be reached from the roots, shared state and tasks alike, and returns a
 nested tuple. Objects are numbered in the order in which the walk meets them, so two runs that reach the same state
-over other heap addresses agree. A task counts as the code position and the locals of each coroutine on its chain.
+over other heap addresses agree. A task counts as the code position and the locals of each coroutine on its chain. What
+is not state (an address of the host, who listens to the trace) is left out by the class itself: `__fingerprint__`
+returns what stands for an object.
 
 What it cannot see: the evaluation stack of a suspended frame, for example how far a `for` loop's iterator has come.
 Product code keeps to loop variables that tell, which every loop over users, slots or pages does.
@@ -41,7 +43,9 @@ def fingerprint(*roots: object) -> Hashable:
         return (type(value).__name__, *parts(value))
 
     def parts(value: Any) -> Iterator[Hashable]:
-        if isinstance(value, (list, tuple)):
+        if hasattr(value, "__fingerprint__"):
+            yield walk(value.__fingerprint__())
+        elif isinstance(value, (list, tuple)):
             yield from map(walk, value)
         elif isinstance(value, (set, frozenset, BitMap64)):
             yield from sorted(map(walk, value), key=repr)
@@ -55,8 +59,6 @@ def fingerprint(*roots: object) -> Hashable:
             yield from frames(value.coroutine)
         elif isinstance(value, Scheduler):
             return
-        elif hasattr(value, "__fingerprint__"):
-            yield walk(value.__fingerprint__())
         else:
             yield from attributes(value)
 

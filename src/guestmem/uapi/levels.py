@@ -11,7 +11,8 @@ import errno
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AbiLevel:
-    """`mmap`: GUEST_MEMFD_FLAG_MMAP and INIT_SHARED exist. `in_place`: pages carry their access in the file and are
+    """`mmap`: GUEST_MEMFD_FLAG_MMAP and INIT_SHARED exist, and a VM without private memory may have guest_memfd slots
+    (kvm_arch_supports_gmem; before, kvm_arch_has_private_mem). `in_place`: pages carry their access in the file and are
     converted there; otherwise the VM has attributes by guest frame. `overlap_errno`: for a file range that is bound
     already. `signed_range_end`: the end of a bound file range is compared as a signed number (known bug B04)."""
 

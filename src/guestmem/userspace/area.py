@@ -21,6 +21,10 @@ class Pte(NamedTuple):
     folios: Folios
     page_index: PageIndex
 
+    def __fingerprint__(self) -> tuple[int, int, bool]:
+        """Without addresses: where the host put the file is not state."""
+        return self.pfn, self.page_index, self.writable
+
     def get_reference(self) -> FolioReference:
         """A counted reference to the page, as GUP takes it from an entry it has found present."""
         return self.folios.get(self.page_index)
