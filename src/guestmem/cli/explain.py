@@ -6,8 +6,6 @@ import difflib
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from guestmem.uapi.rules import RULES, Rule
 
@@ -21,12 +19,13 @@ def explain(
         near = difflib.get_close_matches(rule or "", RULES, n=3, cutoff=0.4)
         typer.echo(f"no rule {rule!r}" + (f"; did you mean {', '.join(near)}?" if near else ""), err=True)
         raise typer.Exit(2)
-    Console().print(_table(found))
+    for entry in found:
+        typer.echo(_text(entry))
 
 
-def _table(rules: list[Rule]) -> Table:
-    table = Table("rule", "errno", "call", "check", "what was broken", "source", "levels", box=None)
-    for rule in rules:
-        errnos = " or ".join(rule.errnos)
-        table.add_row(rule.name, errnos, rule.call, str(rule.order), rule.text, rule.source, rule.levels or "all")
-    return table
+def _text(rule: Rule) -> str:
+    levels = f", levels {rule.levels}" if rule.levels else ""
+    return (
+        f"{rule.name}: {' or '.join(rule.errnos)}, {rule.text}\n"
+        f"    {rule.call}, check {rule.order}{levels}; source: {rule.source}"
+    )
