@@ -1,0 +1,249 @@
+"""The guest's own page tables: linear address to guest-physical address, as the CPU walks them.
+
+A walk reads and updates entries through two callbacks, so that each touch of a page-table page goes through stage 2: a
+table that stage 2 does not hold is a `TableMiss`, not a fault of the guest. The accessed bit of an entry is set when
+the walk goes through it, that of the leaf and its dirty bit when the access is allowed. A read through a clean leaf is
+answered as not writable, so that the first write walks again and sets the dirty bit.
+
+Source: Intel SDM vol. 3, chapter 5 "Paging"; AMD APM vol. 2, 15.34 for the encryption bit. Not modelled: protection
+keys, and the cache of PDPTEs that PAE paging loads with CR3 (they are read at each walk).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+CR0_PE, CR0_WP, CR0_PG = 1 << 0, 1 << 16, 1 << 31
+CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 12, 1 << 20, 1 << 21
+EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
+
+PTE_P, PTE_W, PTE_U, PTE_A, PTE_D, PTE_PS, PTE_NX = 1 << 0, 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 7, 1 << 63
+PTE_ADDRESS = 0x000F_FFFF_FFFF_F000
+
+PF_VECTOR, GP_VECTOR = 14, 13
+PF_PRESENT, PF_WRITE, PF_USER, PF_RESERVED, PF_FETCH = 1, 2, 4, 8, 16
+
+
+class Access(enum.Enum):
+    """What the guest wants to do at the address."""
+
+    READ = enum.auto()
+    WRITE = enum.auto()
+    FETCH = enum.auto()
+
+
+class GuestPage(NamedTuple):
+    """A translation: `gpa` of the 4K page, and what the same privilege level may do there without another walk.
+
+    `private` is the encryption bit of the leaf, None in a guest that has none.
+    """
+
+    gpa: int
+    readable: bool
+    writable: bool
+    executable: bool
+    private: bool | None = None
+
+
+class WalkFault(NamedTuple):
+    """The exception that the access raises: #PF, or #GP(0) for an address that is not canonical."""
+
+    vector: int
+    error_code: int
+
+
+class TableMiss(NamedTuple):
+    """Stage 2 refused the entry at `gpa`; `write` if it was to be marked accessed or dirty."""
+
+    gpa: int
+    write: bool
+
+
+Walk: TypeAlias = GuestPage | WalkFault | TableMiss
+Read64: TypeAlias = Callable[[int], int | None]
+Write64: TypeAlias = Callable[[int, int], bool]
+
+
+class Paging:
+    """What a translation depends on besides the tables. Immutable; one instance serves many walks.
+
+    `ac` is EFLAGS.AC, which suspends SMAP; an implicit supervisor access (descriptor tables, the frame of an exception)
+    passes False and `cpl` 0. `physical_bits` is MAXPHYADDR; `c_bit` is the mask of the encryption bit, 0 without SEV.
+    """
+
+    __slots__ = ("ac", "address_mask", "c_bit", "cpl", "cr0", "cr3", "cr4", "efer", "physical_bits", "reserved")
+
+    def __init__(
+        self,
+        cr0: int,
+        cr3: int,
+        cr4: int,
+        efer: int,
+        cpl: int = 0,
+        ac: bool = False,
+        physical_bits: int = 52,
+        c_bit: int = 0,
+    ) -> None:
+        self.cr0, self.cr3, self.cr4, self.efer = cr0, cr3, cr4, efer
+        self.cpl, self.ac = cpl, ac
+        self.physical_bits, self.c_bit = physical_bits, c_bit
+        self.address_mask = PTE_ADDRESS & ~c_bit
+        beyond = PTE_ADDRESS & ~((1 << physical_bits) - 1) & ~c_bit
+        self.reserved = beyond if efer & EFER_NXE else beyond | PTE_NX
+
+    @property
+    def long_mode(self) -> bool:
+        """Whether linear addresses have 64 bits."""
+        return bool(self.efer & EFER_LMA)
+
+    def implicit(self) -> Paging:
+        """The same address space for an implicit supervisor access."""
+        if self.cpl == 0 and not self.ac:
+            return self
+        return Paging(self.cr0, self.cr3, self.cr4, self.efer, 0, False, self.physical_bits, self.c_bit)
+
+
+def walk(paging: Paging, linear: int, access: Access, read64: Read64, write64: Write64) -> Walk:
+    """Translate the 4K page of `linear`.
+
+    `read64(gpa)` gives the eight bytes at `gpa` (a multiple of 8), or None where stage 2 refuses; `write64(gpa, value)`
+    stores them and says whether stage 2 let it.
+    """
+    if not paging.cr0 & CR0_PG:
+        return GuestPage(linear & 0xFFFF_F000, True, True, True, True if paging.c_bit else None)
+    if not paging.cr4 & CR4_PAE:
+        return _walk_32(paging, linear, access, read64, write64)
+    if paging.efer & EFER_LMA:
+        top = 48 if paging.cr4 & CR4_LA57 else 39
+        sign = linear >> (top + 8)
+        if sign and sign != (1 << (56 - top)) - 1:
+            return WalkFault(GP_VECTOR, 0)
+        return _walk_64(paging, paging.cr3 & paging.address_mask, top, linear, access, read64, write64, paging.reserved)
+    pdpte_gpa = (paging.cr3 & 0xFFFF_FFE0) + (linear >> 30 & 3) * 8
+    pdpte = read64(pdpte_gpa)
+    if pdpte is None:
+        return TableMiss(pdpte_gpa, False)
+    reserved = paging.reserved | 0x7FF0_0000_0000_0000
+    if not pdpte & PTE_P:
+        return _page_fault(paging, access, 0)
+    if pdpte & (reserved | PTE_NX):
+        return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
+    return _walk_64(paging, pdpte & paging.address_mask, 21, linear, access, read64, write64, reserved)
+
+
+def _walk_64(
+    paging: Paging,
+    table: int,
+    shift: int,
+    linear: int,
+    access: Access,
+    read64: Read64,
+    write64: Write64,
+    reserved: int,
+) -> Walk:
+    """From `table`, whose entries of 8 bytes each cover 1 << `shift` bytes, down to a leaf."""
+    allowed, nx = PTE_W | PTE_U, 0
+    while True:
+        gpa = table + (linear >> shift & 0x1FF) * 8
+        entry = read64(gpa)
+        if entry is None:
+            return TableMiss(gpa, False)
+        if not entry & PTE_P:
+            return _page_fault(paging, access, 0)
+        allowed &= entry
+        nx |= entry & PTE_NX
+        if shift == 12 or (entry & PTE_PS and shift <= 30):
+            break
+        # An entry of the two top levels has no page size bit: it is reserved there.
+        if entry & (reserved | PTE_PS):
+            return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
+        if not entry & PTE_A and not write64(gpa, entry | PTE_A):
+            return TableMiss(gpa, True)
+        table = entry & paging.address_mask
+        shift -= 9
+    # Bit 12 of a large leaf is its PAT bit; the address bits between it and the page size are reserved.
+    if entry & (reserved | (((1 << shift) - 1) & ~0x1FFF)):
+        return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
+    page = _leaf(paging, access, entry, allowed, nx, (entry & paging.address_mask) >> shift << shift, linear, shift)
+    if isinstance(page, GuestPage):
+        used = entry | (PTE_A | PTE_D if access is Access.WRITE else PTE_A)
+        if used != entry and not write64(gpa, used):
+            return TableMiss(gpa, True)
+    return page
+
+
+def _walk_32(paging: Paging, linear: int, access: Access, read64: Read64, write64: Write64) -> Walk:
+    """Two levels of 4-byte entries, with 4M pages when CR4.PSE is set (and PSE-36: bits 20:13 are address 39:32)."""
+    gpa = (paging.cr3 & 0xFFFF_F000) + (linear >> 22 & 0x3FF) * 4
+    entry = _read32(read64, gpa)
+    if entry is None:
+        return TableMiss(gpa, False)
+    if not entry & PTE_P:
+        return _page_fault(paging, access, 0)
+    allowed, shift = entry, 22
+    base = (entry & 0xFFC0_0000) | (entry & 0x1F_E000) << 19
+    if entry & PTE_PS and paging.cr4 & CR4_PSE:
+        if entry & 1 << 21:
+            return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
+    else:
+        if not entry & PTE_A and not _write32(read64, write64, gpa, entry | PTE_A):
+            return TableMiss(gpa, True)
+        gpa = (entry & 0xFFFF_F000) + (linear >> 12 & 0x3FF) * 4
+        entry = _read32(read64, gpa)
+        if entry is None:
+            return TableMiss(gpa, False)
+        if not entry & PTE_P:
+            return _page_fault(paging, access, 0)
+        allowed, shift, base = allowed & entry, 12, entry & 0xFFFF_F000
+    page = _leaf(paging, access, entry, allowed, 0, base, linear, shift)
+    if isinstance(page, GuestPage):
+        used = entry | (PTE_A | PTE_D if access is Access.WRITE else PTE_A)
+        if used != entry and not _write32(read64, write64, gpa, used):
+            return TableMiss(gpa, True)
+    return page
+
+
+def _leaf(
+    paging: Paging, access: Access, entry: int, allowed: int, nx: int, base: int, linear: int, shift: int
+) -> GuestPage | WalkFault:
+    """Check the rights of all levels (`allowed`, `nx`) against the access; `base` is the page's first byte."""
+    user = bool(allowed & PTE_U)
+    if paging.cpl == 3:
+        readable = user
+        writable = user and bool(allowed & PTE_W)
+        executable = user and not nx
+    else:
+        readable = not (user and paging.cr4 & CR4_SMAP and not paging.ac)
+        writable = readable and bool(allowed & PTE_W or not paging.cr0 & CR0_WP)
+        executable = not nx and not (user and paging.cr4 & CR4_SMEP)
+    permitted = readable if access is Access.READ else writable if access is Access.WRITE else executable
+    if not permitted:
+        return _page_fault(paging, access, PF_PRESENT)
+    writable = writable and (access is Access.WRITE or bool(entry & PTE_D))
+    private = bool(entry & paging.c_bit) if paging.c_bit else None
+    return GuestPage(base | (linear & ((1 << shift) - 1) & ~0xFFF), readable, writable, executable, private)
+
+
+def _page_fault(paging: Paging, access: Access, code: int) -> WalkFault:
+    if access is Access.WRITE:
+        code |= PF_WRITE
+    elif access is Access.FETCH:
+        nx = paging.efer & EFER_NXE and paging.cr4 & CR4_PAE
+        if nx or paging.cr4 & CR4_SMEP:
+            code |= PF_FETCH
+    if paging.cpl == 3:
+        code |= PF_USER
+    return WalkFault(PF_VECTOR, code)
+
+
+def _read32(read64: Read64, gpa: int) -> int | None:
+    pair = read64(gpa & ~7)
+    return None if pair is None else pair >> (gpa & 4) * 8 & 0xFFFF_FFFF
+
+
+def _write32(read64: Read64, write64: Write64, gpa: int, value: int) -> bool:
+    pair = read64(gpa & ~7)
+    shift = (gpa & 4) * 8
+    return pair is not None and write64(gpa & ~7, pair & ~(0xFFFF_FFFF << shift) | value << shift)

@@ -1,0 +1,298 @@
+"""The walk: against Unicorn's own MMU on random tables, and case by case where that has nothing to say."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from unicorn import unicorn_const
+
+from guestmem.cpu import uc_native
+from guestmem.cpu.cpu_state import CpuState
+from guestmem.cpu.guest_walk import (
+    CR0_PE,
+    CR0_PG,
+    CR0_WP,
+    CR4_LA57,
+    CR4_PAE,
+    CR4_PSE,
+    CR4_SMAP,
+    CR4_SMEP,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NXE,
+    PTE_A,
+    PTE_D,
+    PTE_NX,
+    PTE_P,
+    PTE_PS,
+    PTE_U,
+    PTE_W,
+    Access,
+    GuestPage,
+    Paging,
+    TableMiss,
+    Walk,
+    WalkFault,
+    walk,
+)
+from guestmem.cpu.registers import Regs, Segment, Sregs
+
+PAGE = 4096
+PAGES, CODE_PAGE, FIRST_DATA = 64, 30, 32
+PHYSICAL_BITS = 40  # of Unicorn's MMU
+RWA = PTE_P | PTE_W | PTE_U | PTE_A
+INT3 = b"\xcc"
+
+
+class Mode(NamedTuple):
+    """What selects a mode of paging; where in a linear address its levels are; an address apart for code."""
+
+    cr4: int
+    efer: int
+    shifts: tuple[int, ...]
+    code: int
+
+    @property
+    def entry_size(self) -> int:
+        return 4 if self.shifts[0] == 22 else 8
+
+
+MODES = {
+    "4-level": Mode(CR4_PAE, EFER_LME | EFER_LMA, (39, 30, 21, 12), 1 << 39),
+    "5-level": Mode(CR4_PAE | CR4_LA57, EFER_LME | EFER_LMA, (48, 39, 30, 21, 12), 1 << 48),
+    "PAE": Mode(CR4_PAE, 0, (30, 21, 12), 2 << 30),
+    "32-bit": Mode(CR4_PSE, 0, (22, 12), 2 << 30),
+}
+
+
+class Tables:
+    """Guest memory of 64 pages: the root of the tables in page 0, other tables, code, and data from FIRST_DATA on."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(FIRST_DATA * PAGE) + bytearray(INT3 * (PAGES - FIRST_DATA) * PAGE)
+        self.missing: set[int] = set()
+        self.read_only: set[int] = set()
+
+    def read64(self, gpa: int) -> int | None:
+        return None if gpa // PAGE in self.missing else int.from_bytes(self.bytes[gpa : gpa + 8], "little")
+
+    def write64(self, gpa: int, value: int) -> bool:
+        if gpa // PAGE in self.missing | self.read_only:
+            return False
+        self.bytes[gpa : gpa + 8] = value.to_bytes(8, "little")
+        return True
+
+    def map(self, mode: Mode, linear: int, entries: list[int], tables: int) -> list[int]:
+        """Write the path of `linear`, whose tables below the root are the pages from `tables` on; where it lies."""
+        table, places = 0, []
+        for shift, entry in zip(mode.shifts, entries, strict=True):
+            size = mode.entry_size
+            gpa = table * PAGE + (linear >> shift & PAGE // size - 1) * size
+            if shift > 12 and not entry & PTE_PS:
+                entry |= tables * PAGE
+            self.bytes[gpa : gpa + size] = entry.to_bytes(size, "little")
+            places.append(gpa)
+            table, tables = tables, tables + 1
+        return places
+
+    def walk(self, paging: Paging, linear: int, access: Access) -> Walk:
+        return walk(paging, linear, access, self.read64, self.write64)
+
+
+class NativeMmu:
+    """Unicorn with the MMU of QEMU. The guest does one access and then INT3."""
+
+    CODE = {Access.READ: b"\x8a\x07" + INT3, Access.WRITE: b"\x88\x07" + INT3, Access.FETCH: b"\xff\xe7"}
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, PAGES * PAGE)
+        self._view = ctypes.c_char.from_buffer(self.memory)
+        self.handle = uc_native.open_handle()
+        uc_native.set_tlb_mode(self.handle, unicorn_const.UC_TLB_CPU)
+        uc_native.mem_map_ptr(self.handle, 0, PAGES * PAGE, 7, ctypes.addressof(self._view))
+        self.state = CpuState(self.handle)
+        self.state.load()
+        self.vector = -1
+        self._hook = uc_native.InterruptHook(self._interrupt)
+        uc_native.hook_add(self.handle, unicorn_const.UC_HOOK_INTR, self._hook)
+
+    def _interrupt(self, _uc: int, vector: int, _data: int) -> None:
+        self.vector = vector
+        uc_native.emu_stop(self.handle)
+
+    def close(self) -> None:
+        self.state.free()
+        uc_native.close(self.handle)
+        del self._view
+        self.memory.close()
+
+    def access(self, tables: Tables, paging: Paging, code: int, linear: int, access: Access) -> WalkFault | bytes:
+        """The fault, or memory afterwards."""
+        self.memory[:] = bytes(tables.bytes)
+        self.memory[CODE_PAGE * PAGE : CODE_PAGE * PAGE + len(self.CODE[access])] = self.CODE[access]
+        cpl, long_mode = paging.cpl, int(paging.long_mode)
+        sregs = Sregs(cr0=paging.cr0, cr3=paging.cr3, cr4=paging.cr4, efer=paging.efer)
+        sregs.cs = Segment(0, 0xFFFFFFFF, 8 + cpl, type=11, dpl=cpl, l=long_mode, db=1 - long_mode, g=1)
+        sregs.ss = sregs.ds = Segment(0, 0xFFFFFFFF, 16 + cpl, type=3, dpl=cpl, db=1, g=1)
+        self.state.set_sregs(sregs)
+        self.state.set_regs(Regs(rip=code, rdi=linear, rax=0xCC, rflags=2 | int(paging.ac) << 18))
+        self.state.tail.old_exception = -1
+        self.state.store()
+        uc_native.flush_tlb(self.handle)
+        uc_native.flush_code(self.handle)
+        self.vector = -1
+        error = uc_native.emu_start(self.handle, code, 0, 0, 0)
+        assert error == 0, uc_native.error_text(error)
+        self.state.load()
+        if self.vector == 3:
+            return self.memory[:]
+        return WalkFault(self.vector, self.state.tail.error_code)
+
+
+@pytest.fixture(scope="module")
+def native() -> Iterator[NativeMmu]:
+    mmu = NativeMmu()
+    yield mmu
+    mmu.close()
+
+
+@st.composite
+def an_entry(draw: st.DrawFn, mode: Mode) -> int:
+    """Mostly one that allows everything, so that the walk gets deep; at most two bits differ."""
+    entry = RWA ^ draw(st.sampled_from((0, 0, 0, PTE_P, PTE_W, PTE_U, PTE_A, PTE_PS)))
+    entry ^= draw(st.sampled_from((0, 0, 0, PTE_W, PTE_U, PTE_D, PTE_PS)))
+    if mode.entry_size == 8:
+        entry |= draw(st.sampled_from((0, 0, 0, 0, PTE_NX, 1 << 45, 1 << 13, 1 << 52)))
+    return entry
+
+
+@pytest.mark.parametrize("name", MODES)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_against_the_mmu_of_qemu(native: NativeMmu, name: str, data: st.DataObject) -> None:
+    mode, draw = MODES[name], data.draw
+    cpl = draw(st.sampled_from((0, 3)))
+    bits = [draw(st.sampled_from((0, bit))) for bit in (CR0_WP, CR4_SMEP, CR4_SMAP, EFER_NXE)]
+    paging = Paging(
+        CR0_PE | CR0_PG | bits[0],
+        0,
+        mode.cr4 | bits[1] | bits[2],
+        mode.efer | (bits[3] if mode.cr4 & CR4_PAE else 0),
+        cpl,
+        draw(st.booleans()),
+        PHYSICAL_BITS,
+    )
+    # Whatever the size of the page, the data is at the same place in memory.
+    linear = draw(st.integers(FIRST_DATA, PAGES - 1)) * PAGE
+    if mode.efer:
+        linear |= draw(st.sampled_from((0, 0, 0x7000_0000_0000, 0xFFFF_F000_0000_0000, 1 << 62)))
+    entries = [draw(an_entry(mode)) for _ in mode.shifts]
+    # Bit 13 is reserved in a large page only; in the last level it is address.
+    entries[-1] = entries[-1] & ~(1 << 13) | linear & (PAGES - 1) * PAGE
+    tables = Tables()
+    tables.map(mode, linear, entries, 1)
+    path = [PTE_P if name == "PAE" else RWA] + [RWA] * (len(mode.shifts) - 1)
+    path[-1] = CODE_PAGE * PAGE | PTE_P | PTE_A | (PTE_U if cpl == 3 else 0)
+    tables.map(mode, mode.code, path, 10)
+    access = draw(st.sampled_from(Access))
+    expected = native.access(tables, paging, mode.code, linear, access)
+    found = tables.walk(paging, linear, access)
+    if isinstance(expected, WalkFault):
+        assert found == expected
+    else:
+        assert isinstance(found, GuestPage)
+        assert tables.bytes[: CODE_PAGE * PAGE] == expected[: CODE_PAGE * PAGE], "accessed and dirty bits"
+        assert found.writable or access is not Access.WRITE
+
+
+def long_tables(leaf: int = RWA | PTE_D | FIRST_DATA * PAGE) -> tuple[Tables, list[int]]:
+    tables = Tables()
+    return tables, tables.map(MODES["4-level"], 0, [RWA, RWA, RWA, leaf], 1)
+
+
+def long_paging(cr4: int = 0, ac: bool = False, physical_bits: int = 52, c_bit: int = 0) -> Paging:
+    cr0, efer = CR0_PE | CR0_PG | CR0_WP, EFER_LME | EFER_LMA
+    return Paging(cr0, 0, CR4_PAE | cr4, efer, 0, ac, physical_bits, c_bit)
+
+
+def test_paging_off() -> None:
+    tables = Tables()
+    assert tables.walk(Paging(CR0_PE, 0, 0, 0), 0x1_2345_6789, Access.WRITE) == GuestPage(0x2345_6000, True, True, True)
+
+
+def test_read_of_a_clean_page_is_not_writable_and_the_write_sets_dirty() -> None:
+    tables, places = long_tables(RWA & ~PTE_A | FIRST_DATA * PAGE)
+    gpa, leaf = FIRST_DATA * PAGE, places[-1]
+    assert tables.walk(long_paging(), 0x123, Access.READ) == GuestPage(gpa, True, False, True)
+    assert tables.read64(leaf) == RWA | gpa
+    assert tables.walk(long_paging(), 0x123, Access.WRITE) == GuestPage(gpa, True, True, True)
+    assert tables.read64(leaf) == RWA | PTE_D | gpa
+    assert tables.walk(long_paging(), 0x123, Access.READ) == GuestPage(gpa, True, True, True)
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_table_that_stage_2_does_not_hold(level: int) -> None:
+    tables, places = long_tables(RWA & ~PTE_A)
+    for gpa in places:
+        entry = tables.read64(gpa)
+        assert entry is not None
+        tables.write64(gpa, entry & ~PTE_A)
+    tables.missing.add(places[level] // PAGE)
+    assert tables.walk(long_paging(), 0, Access.READ) == TableMiss(places[level], False)
+    tables.missing.clear()
+    tables.read_only.add(places[level] // PAGE)
+    assert tables.walk(long_paging(), 0, Access.READ) == TableMiss(places[level], True)
+
+
+def test_tables_that_are_marked_already_are_not_written() -> None:
+    tables, _ = long_tables()
+    tables.read_only.update(range(FIRST_DATA))
+    assert isinstance(tables.walk(long_paging(), 0, Access.WRITE), GuestPage)
+
+
+def test_page_of_1g() -> None:
+    tables = Tables()
+    tables.map(MODES["4-level"], 0, [RWA, RWA | PTE_PS | PTE_D | 5 << 30, 0, 0], 1)
+    assert tables.walk(long_paging(), 0x1234_5678, Access.READ) == GuestPage(5 << 30 | 0x1234_5000, True, True, True)
+
+
+def test_pse_36() -> None:
+    """Bits 20:13 of a 4M page are bits 39:32 of its address."""
+    tables = Tables()
+    tables.map(MODES["32-bit"], 0, [RWA | PTE_PS | PTE_D | 0x0080_0000 | 0xAB << 13, 0], 1)
+    found = tables.walk(Paging(CR0_PE | CR0_PG, 0, CR4_PSE, 0), 0x12_3000, Access.READ)
+    assert found == GuestPage(0xAB_0092_3000, True, True, True)
+
+
+def test_encryption_bit() -> None:
+    """It is no part of the address, and says which kind of page the guest means."""
+    c_bit = 1 << 51
+    paging = long_paging(physical_bits=48, c_bit=c_bit)
+    for private in (True, False):
+        tables, _ = long_tables(RWA | PTE_D | FIRST_DATA * PAGE | (c_bit if private else 0))
+        assert tables.walk(paging, 0, Access.READ) == GuestPage(FIRST_DATA * PAGE, True, True, True, private)
+    assert long_tables(RWA | c_bit)[0].walk(long_paging(physical_bits=48), 0, Access.READ) == WalkFault(14, 9)
+    assert Tables().walk(Paging(0, 0, 0, 0, c_bit=c_bit), 0, Access.READ) == GuestPage(0, True, True, True, True)
+
+
+def test_supervisor_rights() -> None:
+    """A user page in ring 0: SMEP forbids to execute it, SMAP to touch it unless AC is set."""
+    tables, _ = long_tables()
+    walks = {
+        (cr4, ac): tables.walk(
+            long_paging(cr4=cr4, ac=ac), 0, Access.FETCH if cr4 == CR4_SMAP and not ac else Access.READ
+        )
+        for cr4 in (0, CR4_SMEP, CR4_SMAP)
+        for ac in (False, True)
+    }
+    gpa = FIRST_DATA * PAGE
+    assert walks[0, False] == walks[CR4_SMAP, True] == GuestPage(gpa, True, True, True)
+    assert walks[CR4_SMEP, False] == GuestPage(gpa, True, True, False)
+    assert walks[CR4_SMAP, False] == GuestPage(gpa, False, False, True)
+    assert tables.walk(long_paging(cr4=CR4_SMAP, ac=True).implicit(), 0, Access.READ) == WalkFault(14, 1)

@@ -1,0 +1,144 @@
+"""One program, once in peace and then with everything that can interrupt it: the outcome must be the same.
+
+The program loops over memory with read-modify-write, stack, string and flag-dependent instructions; it ends in HLT. It
+is interrupted by stage-2 misses of any page (data, code, stack, page tables) in any kind, TLB flushes, ends of slices,
+registers written back as they are, and exceptions that its handler answers.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from guestmem.cpu import slice_timer
+from guestmem.cpu.engine import Halt, PortOut, SliceOver, Stage2Miss, Stop
+from guestmem.cpu.registers import DescriptorTable, Regs
+from guestmem.cpu.unicorn import UnicornEngine
+from tests.cpu.guests import CODE, PAGE, STACK, TABLES, Memory, assemble, start_long
+
+IDT, HANDLER = 0x20000, 0x9000
+ARRAY, COPY, WORDS, ROUNDS = 0x30000, 0x40000, 0x1000, 30
+
+PROGRAM = f"""
+    mov ebp, {ROUNDS}
+again:
+    mov edi, {ARRAY}
+    mov ecx, {WORDS}
+    xor eax, eax
+each:
+    add qword ptr [rdi], rcx
+    adc rax, [rdi]
+    rol qword ptr [rdi], 7
+    push rax
+    call mix
+    pop rbx
+    xor rax, rbx
+    lock xadd [rdi], rax
+    add rdi, 8
+    dec rcx
+    jnz each
+    mov esi, {ARRAY}
+    mov edi, {COPY}
+    mov ecx, {WORDS}
+    rep movsq
+    out 0x80, al
+    int 0x30
+    inc qword ptr [{COPY}]
+    ud2
+    dec ebp
+    jnz again
+    hlt
+mix:
+    pushfq
+    imul rbx, rax, 0x1234567
+    add [rsp + 16], rbx
+    popfq
+    ret
+"""
+HANDLER_CODE = """
+    add qword ptr [0x50000], 1
+    cmp byte ptr [rsp + 1], 0x10
+    mov rdx, [rsp]
+    cmp word ptr [rdx], 0x0b0f
+    jne 1f
+    add qword ptr [rsp], 2
+1:  iretq
+"""
+
+
+def prepare(memory: Memory) -> UnicornEngine:
+    engine = UnicornEngine(memory)
+    start_long(engine, memory, assemble(PROGRAM))
+    memory.write(HANDLER, assemble(HANDLER_CODE, address=HANDLER))
+    gate = (HANDLER & 0xFFFF | 8 << 16 | 0x8E << 40).to_bytes(16, "little")
+    for vector in (6, 0x30):
+        memory.write(IDT + vector * 16, gate)
+    values = random.Random(1)
+    memory.write(ARRAY, values.randbytes(WORDS * 8))
+    sregs = engine.get_sregs()
+    sregs.idt = DescriptorTable(IDT, 0xFFF)
+    engine.set_sregs(sregs)
+    return engine
+
+
+def outcome(engine: UnicornEngine, memory: Memory) -> tuple[Regs, bytes]:
+    """Registers and memory at the end. What lies below the stack, and accessed bits of tables, may differ."""
+    image = memory.read(0, STACK - PAGE) + memory.read(STACK, TABLES - STACK)
+    return engine.get_regs(), image
+
+
+def disturb(engine: UnicornEngine, memory: Memory, chance: random.Random, stop: Stop) -> None:
+    """What a host may do between two runs without the guest's knowledge."""
+    if isinstance(stop, Stage2Miss):
+        memory.denied.discard(stop.gpa // PAGE)
+        memory.read_only.discard(stop.gpa // PAGE)
+    action = chance.random()
+    if action < 0.7:
+        pages = [CODE, HANDLER, IDT, STACK - 8, TABLES + PAGE, TABLES + 4 * PAGE, 0x50000]
+        pages += [chance.randrange(ARRAY, COPY + WORDS * 8) for _ in range(6)]
+        chosen = {gpa // PAGE for gpa in chance.sample(pages, 3)}
+        (memory.denied if chance.random() < 0.6 else memory.read_only).update(chosen)
+        engine.flush_tlb()
+    elif action < 0.8:
+        engine.set_regs(engine.get_regs())
+        engine.set_sregs(engine.get_sregs())
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[Regs, bytes]:
+    memory = Memory()
+    engine = prepare(memory)
+    ports = 0
+    while not isinstance(stop := engine.run(), Halt):
+        assert isinstance(stop, PortOut | SliceOver)
+        ports += isinstance(stop, PortOut)
+    assert (ports, memory.word(0x50000)) == (ROUNDS, 2 * ROUNDS)
+    result = outcome(engine, memory)
+    engine.close()
+    memory.close()
+    return result
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_outcome_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, memory: Memory, undisturbed: tuple[Regs, bytes], seed: int
+) -> None:
+    monkeypatch.setattr(slice_timer, "PERIOD_S", 2e-5)
+    engine, chance = prepare(memory), random.Random(seed)
+    kinds: dict[str, int] = {}
+    for _ in range(20000):
+        stop = engine.run()
+        kinds[type(stop).__name__] = kinds.get(type(stop).__name__, 0) + 1
+        if isinstance(stop, Halt):
+            break
+        assert isinstance(stop, PortOut | SliceOver | Stage2Miss)
+        disturb(engine, memory, chance, stop)
+    assert kinds["Halt"] == 1
+    assert kinds["PortOut"] == ROUNDS
+    assert kinds["Stage2Miss"] > 100
+    assert kinds["SliceOver"] > 0
+    result = outcome(engine, memory)
+    engine.close()
+    assert result[0] == undisturbed[0]
+    assert result[1] == undisturbed[1]

@@ -1,0 +1,191 @@
+"""The TLB fill: kinds of memory, rings, and Unicorn's own TLB under it."""
+
+from __future__ import annotations
+
+import pytest
+
+from guestmem.cpu.cpuid import DEFAULT_CPUID
+from guestmem.cpu.engine import Halt, HostWindow, PortOut, Shutdown, Stage2Miss, Translation
+from guestmem.cpu.unicorn import UnicornEngine
+from tests.cpu.guests import CODE, DATA, PAGE, SIZE, TABLES, Memory, run, start_long
+
+HLT = b"\xf4"
+C_BIT = 51
+
+
+def leaf(gpa: int) -> int:
+    """Where the page table of start_long has the entry of `gpa`."""
+    return TABLES + 4 * PAGE + gpa // PAGE * 8
+
+
+class TestEncryption:
+    """A guest with the C-bit, at bit 51 as CPUID tells it."""
+
+    def start(self, engine: UnicornEngine, memory: Memory, private: bool) -> None:
+        start_long(engine, memory, b"\x8a\x07\xe6\x80" + HLT)  # mov al, [rdi]; out 0x80, al
+        engine.set_cpuid(DEFAULT_CPUID | {(0x8000_001F, 0): (2, 5 << 6 | C_BIT, 0, 0)})
+        if private:
+            memory.set_word(leaf(DATA), memory.word(leaf(DATA)) | 1 << C_BIT)
+        regs = engine.get_regs()
+        regs.rdi = DATA
+        engine.set_regs(regs)
+        memory.asked.clear()
+
+    @pytest.mark.parametrize("private", [True, False])
+    def test_kinds(self, engine: UnicornEngine, memory: Memory, private: bool) -> None:
+        """Data is what its leaf says; tables and code are private."""
+        memory.write(DATA, b"\x11")
+        self.start(engine, memory, private)
+        assert run(engine) == PortOut(0x80, 1, 0x11)
+        kinds = {gpa: kind for gpa, _, kind in memory.asked}
+        assert kinds[DATA] is private
+        assert kinds[CODE] is True
+        assert all(kinds[TABLES + i * PAGE] is True for i in range(1, 5))
+
+    @pytest.mark.parametrize("private", [True, False])
+    def test_miss(self, engine: UnicornEngine, memory: Memory, private: bool) -> None:
+        self.start(engine, memory, private)
+        memory.denied.add(DATA // PAGE)
+        assert run(engine) == Stage2Miss(DATA, private=private)
+
+    def test_the_bit_is_reserved_without_sev(self, engine: UnicornEngine, memory: Memory) -> None:
+        self.start(engine, memory, private=True)
+        engine.set_cpuid(DEFAULT_CPUID | {(0x8000_0008, 0): (0x3030, 0, 0, 0)})
+        assert run(engine) == Shutdown()
+
+
+def test_ring_3_and_ring_0_have_entries_of_their_own(engine: UnicornEngine, memory: Memory) -> None:
+    """A page of the supervisor, touched in ring 0 first, stays out of reach for ring 3."""
+    start_long(engine, memory, b"\x8a\x07" + HLT)
+    memory.set_word(leaf(DATA), memory.word(leaf(DATA)) & ~4)
+    regs, sregs = engine.get_regs(), engine.get_sregs()
+    regs.rdi = DATA
+    engine.set_regs(regs)
+    assert run(engine) == Halt()
+    sregs.cs.dpl = sregs.ss.dpl = 3
+    engine.set_sregs(sregs)
+    engine.set_regs(regs)
+    assert run(engine) == Shutdown()
+    assert engine.get_sregs().cr2 == DATA
+
+
+def test_segment_load_in_ring_3_reads_the_gdt_of_the_supervisor(engine: UnicornEngine, memory: Memory) -> None:
+    start_long(engine, memory, b"\x8e\xd8\xe6\x80")  # mov ds, ax; out 0x80, al
+    gdt = 0x22000
+    memory.set_word(gdt + 8, 0x00CF_F300_0000_FFFF)
+    memory.set_word(leaf(gdt), memory.word(leaf(gdt)) & ~4)
+    regs, sregs = engine.get_regs(), engine.get_sregs()
+    sregs.gdt.base, sregs.gdt.limit = gdt, 15
+    sregs.cs.dpl = sregs.ss.dpl = 3
+    regs.rax, regs.rflags = 0x0B, 0x3002
+    engine.set_sregs(sregs)
+    engine.set_regs(regs)
+    assert run(engine) == PortOut(0x80, 1, 0x0B)
+    assert engine.get_sregs().ds.selector == 0x0B
+
+
+def test_guest_changes_its_page_tables(engine: UnicornEngine, memory: Memory) -> None:
+    """INVLPG, and a load of CR3."""
+    for flush in (b"\x0f\x01\x3f", b"\x0f\x20\xd8\x0f\x22\xd8"):  # invlpg [rdi]; mov rax, cr3; mov cr3, rax
+        # mov al, [rdi]; mov [rsi], rdx; flush; mov al, [rdi]; out 0x80, al
+        start_long(engine, memory, b"\x8a\x07\x48\x89\x16" + flush + b"\x8a\x07\xe6\x80")
+        memory.write(DATA, b"\x01")
+        memory.write(0x6000, b"\x02")
+        regs = engine.get_regs()
+        regs.rdi, regs.rsi, regs.rdx = DATA, leaf(DATA), memory.word(leaf(0x6000))
+        engine.set_regs(regs)
+        assert run(engine) == PortOut(0x80, 1, 2)
+
+
+def test_guest_switches_between_two_address_spaces(engine: UnicornEngine, memory: Memory) -> None:
+    """The same linear page of code is another page after a load of CR3."""
+    start_long(engine, memory, b"\x0f\x22\xd8\x90\xb0\x01\xe6\x80")  # mov cr3, rax; nop; mov al, 1; out 0x80, al
+    memory.write(0x9000, b"\x0f\x22\xd8\x90\xb0\x02\xe6\x80")
+    tables = 0x200000
+    memory.write(tables, memory.read(TABLES, 16 * PAGE))
+    for level in (1, 2, 3):
+        memory.set_word(tables + level * PAGE, tables + (level + 1) * PAGE | 7)
+    memory.set_word(tables + 4 * PAGE + CODE // PAGE * 8, 0x9007)
+    regs = engine.get_regs()
+    regs.rax = tables + PAGE
+    engine.set_regs(regs)
+    assert run(engine) == PortOut(0x80, 1, 2)
+
+
+def test_code_page_that_becomes_dirty(engine: UnicornEngine, memory: Memory) -> None:
+    """A fetch makes the page executable and not writable as long as it is clean."""
+    start_long(engine, memory, b"\x88\x04\x25\x00\x18\x00\x00" + HLT)  # mov [0x1800], al
+    assert run(engine) == Halt()
+    assert memory.word(leaf(CODE)) & 0x60 == 0x60
+
+
+def test_address_space_set_from_outside(engine: UnicornEngine, memory: Memory) -> None:
+    start_long(engine, memory, b"\x8a\x07\xe6\x80")  # mov al, [rdi]; out 0x80, al
+    memory.write(DATA, b"\x01")
+    memory.write(0x6000, b"\x02")
+    regs, sregs = engine.get_regs(), engine.get_sregs()
+    regs.rdi = DATA
+    for _ in range(2):
+        engine.set_regs(regs)
+        assert run(engine) == PortOut(0x80, 1, 1)
+    memory.set_word(leaf(DATA), memory.word(leaf(0x6000)))
+    engine.set_sregs(sregs)
+    engine.set_regs(regs)
+    assert run(engine) == PortOut(0x80, 1, 2)
+
+
+def test_code_is_read_through_the_translation_of_now(engine: UnicornEngine, memory: Memory) -> None:
+    start_long(engine, memory, b"\xe6\x80" + HLT)
+    assert run(engine) == PortOut(0x80, 1, 0)
+    memory.write(0x9000, b"\x90")
+    memory.set_word(leaf(CODE), 0x9007)
+    tlb = engine._vcpu.tlb
+    assert tlb.code_bytes(CODE, 1) == b"\xe6"
+    engine.flush_tlb()
+    assert tlb.code_bytes(CODE, 1) == b"\x90"
+
+
+def test_window_that_begins_below_a_known_one(engine: UnicornEngine, memory: Memory) -> None:
+    """Only what is missing of it is mapped."""
+    base = memory.window.base
+    whole = {DATA: HostWindow(base + DATA, PAGE), DATA - PAGE: HostWindow(base + DATA - PAGE, 3 * PAGE)}
+    memory.translate = lambda gpa, write, private: Translation(  # type: ignore[method-assign]
+        base + gpa, True, whole.get(gpa, HostWindow(base + gpa, PAGE))
+    )
+    memory.write(DATA - 1, b"\x11\x22")
+    start_long(engine, memory, b"\x8a\x07\x8a\x67\xff\x66\xe7\x80")  # mov al, [rdi]; mov ah, [rdi - 1]; out ax
+    regs = engine.get_regs()
+    regs.rdi = DATA
+    engine.set_regs(regs)
+    assert run(engine) == PortOut(0x80, 2, 0x1122)
+
+
+def test_a_terabyte_costs_no_more(engine: UnicornEngine, memory: Memory) -> None:
+    """A window is address space only: what is not touched need not exist."""
+    base = memory.window.base
+    window = HostWindow(base - (base - PAGE) % (1 << 30), 1 << 40)
+    memory.translate = lambda gpa, write, private: Translation(base + gpa, True, window)  # type: ignore[method-assign]
+    start_long(engine, memory, HLT)
+    assert run(engine) == Halt()
+
+
+def test_unicorns_tlb_grows_with_the_guest(engine: UnicornEngine, memory: Memory) -> None:
+    """A loop over two thousand pages fills each entry a few times and not once a round."""
+    # 1: mov rdi, rsi; mov rcx, rdx; 2: mov al, [rdi]; add rdi, 4096; dec rcx; jnz 2b; dec rbx; jnz 1b; hlt
+    code = b"\x48\x89\xf7\x48\x89\xd1\x8a\x07\x48\x81\xc7\x00\x10\x00\x00\x48\xff\xc9\x75\xf2\x48\xff\xcb\x75\xe7" + HLT
+    start_long(engine, memory, code)
+    fills = 0
+    fill = engine._vcpu.tlb._translate
+
+    def counting(linear: int, access: object) -> object:
+        nonlocal fills
+        fills += 1
+        return fill(linear, access)  # type: ignore[arg-type]
+
+    engine._vcpu.tlb._translate = counting  # type: ignore[method-assign, assignment]
+    regs = engine.get_regs()
+    pages, rounds = 2000, 100
+    regs.rsi, regs.rdx, regs.rbx = SIZE - pages * PAGE, pages, rounds
+    engine.set_regs(regs)
+    assert run(engine) == Halt()
+    assert pages < fills < pages * rounds // 5
