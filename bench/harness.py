@@ -55,7 +55,8 @@ def show(seconds: float, unit: str) -> str:
     """Time of one and how many in a second."""
     rate = 1 / seconds
     shown = f"{rate / 1e6:.2f} M" if rate >= 1e6 else f"{rate / 1e3:.1f} k" if rate >= 1e3 else f"{rate:.1f} "
-    return f"{seconds * 1e6:,.2f} us ({shown}{unit}/s)"
+    each = f"{seconds * 1e9:.2f} ns" if seconds < 1e-7 else f"{seconds * 1e6:,.2f} us"
+    return f"{each} ({shown}{unit}/s)"
 
 
 def report(title: str, peer: str, rows: list[Row]) -> None:

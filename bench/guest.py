@@ -1,0 +1,137 @@
+"""What a guest costs: exits through KVM_RUN, faults on first touch, and the speed of its code.
+
+The peer of the code's speed is Unicorn alone: the same loop, no hook but a TLB fill. The peer of an exit is a bare
+`run()` of the engine, so the ratio is what KVM's layer adds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+
+from unicorn import unicorn_const, x86_const
+
+from bench.harness import Row, Work, compare, report, show
+from guestmem.cpu import boot, uc_native
+from guestmem.host import Host, VcpuHandle
+from guestmem.kvm.exits import HltExit
+from guestmem.memory import Access
+from guestmem.uapi.kvm import VmType
+
+MEMORY, TABLES, STACK, CODE, DATA = 64 << 20, 0x10000, 0x80000, 0x100000, 0x200000
+OUT = b"\xe6\x80\xeb\xfc"  # 1: out 0x80, al; jmp 1b
+HALT = b"\xf4\xeb\xfd"  # 1: hlt; jmp 1b
+TOUCH = b"\x88\x07\x48\x81\xc7\x00\x10\x00\x00\x48\xff\xc9\x75\xf2\xf4"  # mov [rdi], al; add rdi, 4096; dec rcx; jnz
+ALU = b"\x48\x01\xc8\x48\x31\xc3\x48\xff\xc9\x75\xf5\xf4"  # add rax, rcx; xor rbx, rax; dec rcx; jnz; hlt
+LOADS = (  # again: mov rdi, rsi; mov rcx, rdx; 1: mov rbx, [rdi]; add rbx, 1; mov [rdi], rbx; add rdi, 8; dec rcx; jnz
+    b"\x48\x89\xf7\x48\x89\xd1\x48\x8b\x1f\x48\x83\xc3\x01\x48\x89\x1f\x48\x83\xc7\x08\x48\xff\xc9\x75\xed"
+    b"\x48\xff\xcd\x75\xe2\xf4"  # dec rbp; jnz again; hlt
+)
+
+
+class Guest:
+    """One vCPU in long mode at `code`, its memory private from the start."""
+
+    def __init__(self, host: Host, code: bytes, **registers: int) -> None:
+        self.vm = host.create_vm(VmType.SW_PROTECTED)
+        self.gmem = self.vm.create_guest_memfd(MEMORY, mmap=True, init_shared=True)
+        self.vm.set_memory_region(0, 0, MEMORY, gmem=self.gmem)
+        view = self.gmem.mmap()
+        view.write(CODE, code)
+        self._start = boot.long_mode(CODE, STACK, TABLES, MEMORY, view.write)
+        self.gmem.convert(0, MEMORY, Access.PRIVATE)
+        self.vcpu: VcpuHandle = self.vm.create_vcpu()
+        self.vcpu.engine.set_sregs(self._start.sregs)
+        self.restart(**registers)
+
+    def restart(self, **registers: int) -> None:
+        for name, value in registers.items():
+            setattr(self._start.regs, name, value)
+        self.vcpu.engine.set_regs(self._start.regs)
+
+    def to_the_end(self) -> float:
+        """Seconds until it halts."""
+        began = time.perf_counter()
+        while not isinstance(self.vcpu.run(), HltExit):
+            pass
+        return time.perf_counter() - began
+
+
+def run() -> None:
+    with Host() as host:
+        exits = [
+            compare("OUT", *_exits(Guest(host, OUT)), "exit"),
+            compare("HLT", *_exits(Guest(host, HALT)), "exit"),
+        ]
+        report("exits", "engine alone", exits)
+        report("faults of a guest", "", [compare("first touch of a private page", _touches(host), unit="page")])
+        speeds = [
+            _speed(host, "ALU loop", ALU, 4 * 40_000_000, rcx=40_000_000),
+            _speed(host, "load, add, store loop", LOADS, 6 * 40 * 10**6, rsi=DATA, rdx=10**6, rbp=40),
+        ]
+    report("code", "Unicorn alone", speeds)
+
+
+def _exits(guest: Guest) -> tuple[Work, Work]:
+    """Exits of the vCPU, and of its engine with nothing around it."""
+    return _repeat(guest.vcpu.run), _repeat(guest.vcpu.engine.run)
+
+
+def _repeat(call: Callable[[], object]) -> Work:
+    def work(count: int) -> None:
+        for _ in range(count):
+            call()
+
+    return work
+
+
+def _touches(host: Host) -> Work:
+    """Stores to pages that are not there, one after another; a hole over all of them once a round."""
+    guest = Guest(host, TOUCH)
+    pages = (MEMORY - DATA) >> 12
+
+    def work(count: int) -> None:
+        while count > 0:
+            now = min(count, pages)
+            guest.gmem.punch_hole(DATA, MEMORY - DATA)
+            guest.restart(rip=CODE, rdi=DATA, rcx=now)
+            guest.to_the_end()
+            count -= now
+
+    return work
+
+
+def _speed(host: Host, name: str, code: bytes, instructions: int, **registers: int) -> Row:
+    """Time of an instruction, ours and Unicorn's, in turns."""
+    guest = Guest(host, code)
+    ours, alone = [], []
+    for _ in range(3):
+        guest.restart(rip=CODE, **registers)
+        ours.append(guest.to_the_end() / instructions)
+        alone.append(_bare(guest, registers) / instructions)
+    ratio = sorted(a / b for a, b in zip(ours, alone, strict=True))[1]
+    return Row(name, show(sorted(ours)[1], "instruction"), show(sorted(alone)[1], "instruction"), ratio)
+
+
+def _bare(guest: Guest, registers: dict[str, int]) -> float:
+    """Seconds for the guest's code on Unicorn with a TLB that maps guest addresses straight to the file."""
+    base, size = guest.gmem.inode.backing.window(guest.gmem.inode.folios.present.min())  # type: ignore[arg-type]
+
+    def fill(_uc: int, linear: int, kind: int, entry: ctypes._Pointer[uc_native.TlbEntry], _data: int) -> bool:
+        # Data is not executable: Unicorn takes each store to an executable page the slow way.
+        entry[0].paddr, entry[0].perms = base + linear, 7 if kind == unicorn_const.UC_MEM_FETCH else 3
+        return True
+
+    handle = uc_native.open_handle()
+    hook = uc_native.FillHook(fill)
+    uc_native.hook_add(handle, unicorn_const.UC_HOOK_TLB_FILL, hook)
+    uc_native.check(uc_native.mem_map_ptr(handle, base, size, 7, base), "uc_mem_map_ptr")
+    for name, value in {"rsp": STACK, **registers}.items():
+        register = getattr(x86_const, f"UC_X86_REG_{name.upper()}")
+        uc_native.reg_write(handle, register, ctypes.byref(ctypes.c_uint64(value)))
+    began = time.perf_counter()
+    uc_native.check(uc_native.emu_start(handle, CODE, 0, 0, 0), "uc_emu_start")
+    took = time.perf_counter() - began
+    uc_native.close(handle)
+    return took
