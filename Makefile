@@ -7,7 +7,10 @@ JOBS ?= $(shell nproc)
 
 .PHONY: demo test lint types contracts unit bench guests clean
 
+# Debian ships venv without ensurepip; the package that has it is installed where that is possible.
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -y -qq python3-venv; } \
+	    || { echo "python3-venv is missing: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
