@@ -32,8 +32,7 @@ from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.vcpu import Vcpu, create_vcpu
 from guestmem.kvm.vm import Kvm, KvmEnvironment
 from guestmem.kvm.vm_attributes import set_memory_attributes
-from guestmem.memory import PAGE_SIZE, Abilities, Access, File, Inode, InodeStatistics, MemfdBacking, Pool
-from guestmem.memory.guest_memfd import Owner
+from guestmem.memory import PAGE_SIZE, Abilities, Access, File, Inode, InodeStatistics, MemfdBacking, Owner, Pool
 from guestmem.memory.pages import page_range
 from guestmem.sched import Policy, Scheduler, Task
 from guestmem.trace import Tracer

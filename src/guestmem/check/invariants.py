@@ -15,41 +15,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from itertools import chain, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from guestmem.check.world import (
+    World,
+    anonymous_folios,
+    contexts,
+    guest_mappings,
+    host_mappings,
+    live_vms,
+    mappings,
+    pinned,
+)
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
-from guestmem.kvm.identity import IdentityPool
-from guestmem.kvm.vm import Kvm
-from guestmem.memory import PAGE_SHIFT, Access, Folios, Inode, PageIndex, Pfn, Pool, Range
+from guestmem.memory import PAGE_SHIFT, Access, PageIndex, Range
 from guestmem.memory.notifier import BOTH
 from guestmem.memory.pages import block
-from guestmem.sched import Scheduler
 from guestmem.trace import Tracer
 from guestmem.trace import events as event
 from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD
-from guestmem.userspace import Userspace
-from guestmem.userspace.addresses import Vpn
-from guestmem.userspace.anonymous import AnonymousMemory
-from guestmem.userspace.gmem_mapping import GmemSource
 
 NOT_YET = {
     "S9": "no ownership table (RMP, S-EPT, GPT) before the architectures",
     "S11": "no direct map is modelled; the feature is only proposed",
     "S18": "no launch, finalize or migration before the architectures and linking",
 }
-
-
-class World(Protocol):
-    """What the properties look at; a Host is one."""
-
-    scheduler: Scheduler
-    tracer: Tracer
-    pool: Pool
-    identities: IdentityPool
-    userspace: Userspace
-    inodes: list[Inode]
-    vms: list[Kvm]
 
 
 class Violation(AssertionError):
@@ -97,10 +88,10 @@ def check_every_step(world: World) -> None:
 
 @_property("S1", "a private page is invisible to the host")
 def _s1(world: World) -> Iterator[str]:
-    for mapping in chain(_host_mappings(world), _pinned(world), _guest_mappings(world, Access.SHARED)):
+    for mapping in chain(host_mappings(world), pinned(world), guest_mappings(world, Access.SHARED)):
         if mapping.inode is not None and mapping.inode.access_at(mapping.page) is Access.PRIVATE:
             yield f"{mapping} is private and {mapping.who} has it"
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         if kvm.level.in_place:
             continue
         for number, order, _ in kvm.stage2.tables[Access.SHARED].leaves():
@@ -110,17 +101,17 @@ def _s1(world: World) -> Iterator[str]:
 
 @_property("S2", "a shared page is not privately mapped")
 def _s2(world: World) -> Iterator[str]:
-    for mapping in _guest_mappings(world, Access.PRIVATE):
+    for mapping in guest_mappings(world, Access.PRIVATE):
         if mapping.inode is not None and mapping.inode.access_at(mapping.page) is Access.SHARED:
             yield f"{mapping} is shared and {mapping.who} maps it private"
 
 
 @_property("S3", "no mapping outlives the page it was looked up for")
 def _s3(world: World) -> Iterator[str]:
-    for mapping in _mappings(world):
+    for mapping in mappings(world):
         if mapping.inode is None or mapping.inode.folios.pfn(mapping.page) != mapping.pfn:
             yield f"{mapping.who} maps pfn {mapping.pfn} for {mapping}, which the file has no more"
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         for vcpu in kvm.vcpus.values():
             for (frame, private), cached in getattr(vcpu.engine, "tlb", {}).items():
                 current = kvm.stage2.translate(frame << PAGE_SHIFT, False, private)
@@ -132,14 +123,14 @@ def _s3(world: World) -> Iterator[str]:
 def _s4(world: World) -> Iterator[str]:
     if any(inode.users.open for inode in world.inodes):
         return
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         if kvm.slots_lock.owner is None and not kvm.host_invalidations and kvm.stage2.window.open:
             yield f"{kvm.stage2.window.open} windows of vm {kvm.number} are open and nobody is invalidating"
 
 
 @_property("S5", "bindings and memslots agree")
 def _s5(world: World) -> Iterator[str]:
-    for context in _contexts(world):
+    for context in contexts(world):
         pages = sorted(slot.pages for slot in context.bindings)
         for before, after in pairwise(pages):
             if before.end > after.start:
@@ -149,7 +140,7 @@ def _s5(world: World) -> Iterator[str]:
                 yield f"{slot} is bound to inode {context.inode.number} and does not know it"
             if not context.kvm.level.signed_range_end and slot.pages.end > context.inode.pages:
                 yield f"{slot} is bound beyond the end of inode {context.inode.number}"
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         for slot in kvm.memslots.by_gfn:
             if slot.context is not None and slot not in slot.context.bindings:
                 yield f"{slot} of vm {kvm.number} is not among the bindings of its file"
@@ -157,11 +148,11 @@ def _s5(world: World) -> Iterator[str]:
 
 @_property("S6", "nothing points to a freed slot or a released file")
 def _s6(world: World) -> Iterator[str]:
-    for context in _contexts(world):
+    for context in contexts(world):
         for slot in context.bindings:
             if slot.freed:
                 yield f"{slot} is freed and bound to inode {context.inode.number}"
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         for slot in kvm.memslots.by_gfn:
             if slot.freed:
                 yield f"{slot} is freed and in the table of vm {kvm.number}"
@@ -171,7 +162,7 @@ def _s6(world: World) -> Iterator[str]:
 
 @_property("S7", "all views of an inode are of one virtual machine")
 def _s7(world: World) -> Iterator[str]:
-    for context in _contexts(world):
+    for context in contexts(world):
         owner = context.inode.owner
         if owner is None or context.kvm.machine.identity != owner.identity:
             yield f"inode {context.inode.number} of {owner} is viewed by {context.kvm.machine.identity}"
@@ -179,7 +170,7 @@ def _s7(world: World) -> Iterator[str]:
 
 @_property("S8", "an identity in use is alive")
 def _s8(world: World) -> Iterator[str]:
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         identity = kvm.machine.identity
         if world.identities.live.get(identity.number) != identity:
             yield f"vm {kvm.number} uses {identity}, which is recycled"
@@ -197,7 +188,7 @@ def _s10(world: World) -> Iterator[str]:
         for vpn, _, pte in process.mm.page_table.leaves():
             if pte.pfn not in allocated:
                 yield f"mm {process.mm.number} maps free pfn {pte.pfn} at {vpn << 12:#x}"
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         for access in BOTH:
             for _, order, leaf in kvm.stage2.tables[access].leaves():
                 if not allocated.contains_range(leaf.pfn, leaf.pfn + (1 << order)):
@@ -210,14 +201,14 @@ def _s10(world: World) -> Iterator[str]:
 
 @_property("S12", "a mapped page was zeroed or written, never stale")
 def _s12(world: World) -> Iterator[str]:
-    for mapping in _mappings(world):
+    for mapping in mappings(world):
         if mapping.inode is not None and mapping.page not in mapping.inode.folios.uptodate:
             yield f"{mapping.who} maps {mapping}, which is not up to date"
 
 
 @_property("S13", "no leaf spans pages of different access, or more than its folio and slot")
 def _s13(world: World) -> Iterator[str]:
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         for access in BOTH:
             for number, order, leaf in kvm.stage2.tables[access].leaves():
                 slot = kvm.memslots.find(leaf.gfn)
@@ -235,7 +226,7 @@ def _s13(world: World) -> Iterator[str]:
 def _s14(world: World) -> Iterator[str]:
     if not quiet(world):
         return
-    held = Counter((pin.inode.number, pin.inode.folios.head(pin.page)) for pin in _pinned(world) if pin.inode)
+    held = Counter((pin.inode.number, pin.inode.folios.head(pin.page)) for pin in pinned(world) if pin.inode)
     for inode in world.inodes:
         for head, count in inode.folios.references.items():
             if held.pop((inode.number, head), 0) != count:
@@ -243,7 +234,7 @@ def _s14(world: World) -> Iterator[str]:
     if held:
         yield f"pins hold references that no folio counts: {dict(held)}"
     pages = sum(len(inode.folios.present) for inode in world.inodes if not inode.destroyed)
-    pages += sum(len(folios.present) for folios in _anonymous_folios(world))
+    pages += sum(len(folios.present) for folios in anonymous_folios(world))
     pages += sum(folio.pfns.pages for pfn, folio in world.pool.detached.items() if pfn not in world.pool.retired)
     if pages + len(world.pool.retired) != len(world.pool.allocated):
         yield f"{len(world.pool.allocated)} pages are allocated, {pages} have an owner"
@@ -251,7 +242,7 @@ def _s14(world: World) -> Iterator[str]:
 
 @_property("S16", "what a slot or page is allowed to be was checked")
 def _s16(world: World) -> Iterator[str]:
-    for kvm in _live(world):
+    for kvm in live_vms(world):
         for slot in kvm.memslots.by_gfn:
             if slot.has_gmem and slot.flags != KVM_MEM_GUEST_MEMFD:
                 yield f"{slot} of vm {kvm.number} has flags {slot.flags:#x} beside guest_memfd"
@@ -270,7 +261,7 @@ def _s17(world: World) -> Iterator[str]:
 
 @_property("S19", "a bad page is nobody's any more")
 def _s19(world: World) -> Iterator[str]:
-    for mapping in _mappings(world):
+    for mapping in mappings(world):
         inode, index = mapping.inode, mapping.page
         if inode is None or inode.users.open or index not in inode.folios.poisoned:
             continue
@@ -334,7 +325,7 @@ def snapshot(world: World) -> Hashable:
             kvm.number,
             tuple((slot.id, slot.gfns, slot.flags, slot.pages, id(slot.context)) for slot in kvm.memslots.by_gfn),
         )
-        for kvm in _live(world)
+        for kvm in live_vms(world)
     )
     return inodes, vms
 
@@ -342,74 +333,3 @@ def snapshot(world: World) -> Hashable:
 def quiet(world: World) -> bool:
     """Whether no task is in the middle of anything: none holds a lock."""
     return not any(task.held for task in world.scheduler.parked)
-
-
-# How the properties look at the world
-
-
-def _live(world: World) -> Iterator[Kvm]:
-    return (kvm for kvm in world.vms if not kvm.destroyed)
-
-
-def _contexts(world: World) -> Iterator[KvmGmemContext]:
-    for inode in world.inodes:
-        for registration in inode.users.registrations:
-            if isinstance(registration.user, KvmGmemContext):
-                yield registration.user
-
-
-class _Mapping(NamedTuple):
-    """Somebody's entry for, or hold on, a page of a guest_memfd. `inode` is None if the slot lost its file."""
-
-    who: str
-    inode: Inode | None
-    page: PageIndex
-    pfn: Pfn
-
-    def __str__(self) -> str:
-        return f"page {self.page:#x} of inode {self.inode.number if self.inode else '(gone)'}"
-
-
-def _mappings(world: World) -> Iterator[_Mapping]:
-    """Every entry of every user, of either access."""
-    return chain(_host_mappings(world), *(_guest_mappings(world, access) for access in BOTH))
-
-
-def _host_mappings(world: World) -> Iterator[_Mapping]:
-    for process in world.userspace.processes:
-        for vpn, _, pte in process.mm.page_table.leaves():
-            area = process.mm.area_at(Vpn(vpn))
-            if area is not None and isinstance(area.source, GmemSource):
-                yield _Mapping(f"mm {process.mm.number}", area.source.file.inode, pte.page_index, pte.pfn)
-
-
-def _pinned(world: World) -> Iterator[_Mapping]:
-    """Every pinned page that is still in its guest_memfd."""
-    inodes = {inode.folios: inode for inode in world.inodes}
-    for pin in world.userspace.pins:
-        for reference in pin.references:
-            inode = inodes.get(reference.folios)
-            if inode is not None and inode.folios.pfn(reference.index) == reference.pfn:
-                yield _Mapping(f"a pin of mm {pin.mm.number}", inode, reference.index, reference.pfn)
-
-
-def _guest_mappings(world: World, access: Access) -> Iterator[_Mapping]:
-    """Every frame that a stage 2 maps from a guest_memfd with `access`."""
-    for kvm in _live(world):
-        for _, order, leaf in kvm.stage2.tables[access].leaves():
-            slot = kvm.memslots.find(leaf.gfn)
-            if slot is None or not (slot.gmem_only or access is Access.PRIVATE):
-                continue
-            inode = slot.context.inode if slot.context else None
-            for inside in range(1 << order):
-                gfn = Gfn(leaf.gfn + inside)
-                yield _Mapping(f"vm {kvm.number} gfn {gfn:#x}", inode, slot.index_of(gfn), Pfn(leaf.pfn + inside))
-
-
-def _anonymous_folios(world: World) -> set[Folios]:
-    return {
-        area.source.folios
-        for process in world.userspace.processes
-        for area in process.mm.areas
-        if isinstance(area.source, AnonymousMemory)
-    }

@@ -6,7 +6,8 @@ It imports `sched` and `trace` and nothing else of guestmem. Start with `guest_m
 from guestmem.memory.backing import Backing, MemfdBacking, read_host, write_host
 from guestmem.memory.file import File
 from guestmem.memory.folio import FolioReference, Folios
-from guestmem.memory.guest_memfd import Abilities, Inode, InodeStatistics, Page
+from guestmem.memory.guest_memfd import Inode
+from guestmem.memory.interface import Abilities, InodeStatistics, Owner, Page
 from guestmem.memory.notifier import Access, Invalidation, MemoryUser, Reason, Registration, UnmapFailed, Window
 from guestmem.memory.page_table import PageTable
 from guestmem.memory.pages import PAGE_SHIFT, PAGE_SIZE, Offset, PageIndex, PageRange, Pfn, Range, page_range
@@ -27,6 +28,7 @@ __all__ = [
     "MemfdBacking",
     "MemoryUser",
     "Offset",
+    "Owner",
     "Page",
     "PageIndex",
     "PageRange",
