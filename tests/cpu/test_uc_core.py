@@ -74,3 +74,4 @@ def test_close_is_idempotent() -> None:
     core.hook(HOOK_BLOCK, uc_native.NOTHING)
     core.close()
     core.close()
+    assert not core._finalizer.alive

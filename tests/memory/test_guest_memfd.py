@@ -144,6 +144,7 @@ def test_to_shared_needs_no_look_at_references(provider: Provider) -> None:
     provider.run(provider.fault(registration, 0, Access.PRIVATE))
     held = provider.inode.folios.get(PageIndex(0))
     provider.convert(0, 1, Access.SHARED)
+    assert provider.inode.access_at(PageIndex(0)) is Access.SHARED
     held.put()
 
 

@@ -61,6 +61,7 @@ def test_a_hole_through_a_pin_lets_the_page_be_converted(machine: Machine) -> No
     pin = machine.gmem.pin(machine.view, 0, 1)
     machine.gmem.punch_hole(0, K)
     machine.gmem.convert(0, K, Access.PRIVATE)
+    assert machine.gmem.accesses()[0] == (0, K, Access.PRIVATE)
     pin.unpin()
 
 
