@@ -285,10 +285,10 @@ class Gmem:
         self.host.run(self.inode.fallocate(3, offset, size), "punch hole")
 
     def mmap(self, offset: int = 0, size: int | None = None, process: Process | None = None) -> View:
-        """A mapping in the VMM (or another process), as a guarded view. Raises: Refusal `mmap.*`."""
+        """A mapping in the VMM (or a process that was forked from it), as a guarded view. Raises: Refusal `mmap.*`."""
         process = process or self.host.process
         size = self.inode.size - offset if size is None else size
-        hva = self.host.run(process.mmap(self.file, size, offset), "mmap")
+        hva = self.host.run(process.mmap(self.fd, size, offset), "mmap")
         return View(self.host.run, process.mm, hva, size)
 
     def pin(self, view: View, offset: int, pages: int) -> Pin:

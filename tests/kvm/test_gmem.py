@@ -248,7 +248,7 @@ def test_a_result_that_cannot_be_written_is_efault_instead(bench: Bench) -> None
     argument = bench.gmem(pages=1, gpa=None)
     writable = argument.mmap()
     writable.write(0, MemoryAttributes2(0, K, PRIVATE).pack())
-    read_only = bench.run(bench.host.process.mmap(argument.file, K, prot=1))
+    read_only = bench.run(bench.host.process.mmap(argument.fd, K, prot=1))
     with pytest.raises(Refusal) as caught:
         bench.run(ioctl(bench.host.process, gmem.fd, uapi.KVM_SET_MEMORY_ATTRIBUTES2, read_only))
     assert (caught.value.errno, caught.value.rule) == (errno.EFAULT, "user.copy")

@@ -74,7 +74,7 @@ def test_another_address_space_may_use_the_file_and_not_the_vm(bench: Bench) -> 
             bench.run(ioctl(child, fd, request, scratch.hva))
         assert (errno_name(caught.value.errno), caught.value.rule) == ("EIO", "ioctl.other_mm")
     bench.run(gmem.inode.fallocate(1, 0, K))
-    child_view = bench.run(child.mmap(gmem.file, K))
+    child_view = bench.run(child.mmap(gmem.fd, K))
     assert bench.run(child.mm.read(child_view, 1)) == b"\0"
     bench.run(child.exit())
 

@@ -227,6 +227,14 @@ def poison_against_host(policy: Policy) -> dict[str, str]:
     return race.go()
 
 
+def mmap_against_last_close(policy: Policy) -> dict[str, str]:
+    race = Race(policy)
+    race.bench.run(race.unmap())
+    race.actor("mmap", race.bench.host.process.mmap(race.gmem.fd, K))
+    race.actor("close", race.close())
+    return race.go()
+
+
 def closing_everything_at_once(policy: Policy) -> dict[str, str]:
     race = Race(policy)
     race.actor("guest", race.guest(Store(0, 1)))
@@ -242,6 +250,7 @@ def _delete(slot: int) -> UserspaceMemoryRegion2:
 EXHAUSTED: list[Scenario] = [
     conversion_against_host,
     conversion_against_pin,
+    mmap_against_last_close,
     poison_against_host,
     slot_deletion_against_last_close,
     two_binds_of_one_page,
@@ -265,6 +274,7 @@ SOMETIMES: dict[Scenario, set[tuple[str, str]]] = {
     two_binds_of_one_page: {("one", "ok"), ("one", "bind.overlap"), ("two", "ok"), ("two", "bind.overlap")},
     slot_deletion_against_prefault: {("prefault", "ok"), ("prefault", "prefault.no_slot"), ("delete", "ok")},
     slot_deletion_against_last_close: {("close", "ok"), ("delete", "ok")},
+    mmap_against_last_close: {("mmap", "ok"), ("mmap", "fd.not_open"), ("close", "ok")},
     poison_against_host: {("host", "ok"), ("host", "SIGBUS"), ("poison", "ok")},
     punch_against_guest_and_host: {("host", "ok"), ("punch", "ok")},
 }

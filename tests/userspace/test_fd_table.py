@@ -33,6 +33,14 @@ def test_a_full_table_refuses_and_a_reserved_number_is_taken(machine: Machine) -
     assert (caught.value.errno, caught.value.rule) == (errno.EBADF, "fd.not_open")
 
 
+def test_a_reserved_number_is_no_file_to_a_child(machine: Machine) -> None:
+    reserved = machine.host.process.fds.reserve()
+    child = machine.host.run(machine.host.process.fork())
+    assert reserved not in child.fds.open_fds()
+    machine.host.run(child.exit())
+    machine.host.process.fds.unreserve(reserved)
+
+
 def test_a_dup_keeps_the_file(machine: Machine) -> None:
     gmem = machine.vm.create_guest_memfd(PAGE_SIZE)
     twin = machine.host.process.fds.dup(gmem.fd)

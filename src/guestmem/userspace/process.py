@@ -71,7 +71,8 @@ class FdTable:
         await file.put()
 
     def open_fds(self) -> list[int]:
-        return sorted(self._files)
+        """The numbers that refer to a file; one that is only reserved does not yet."""
+        return sorted(fd for fd, file in self._files.items() if file is not None)
 
 
 class Userspace:
@@ -116,7 +117,7 @@ class Process:
 
     async def mmap(
         self,
-        file: OpenFile,
+        fd: int,
         size: int,
         offset: int = 0,
         *,
@@ -125,24 +126,31 @@ class Process:
     ) -> Hva:
         """mmap(2) of a guest_memfd; the address. Maps no page yet; may reach beyond the file, a touch there may not.
 
-        Raises: Refusal EINVAL `mmap.range`; EPERM `mmap.exec`; ENODEV `mmap.not_mappable`; EINVAL `mmap.private`. In
-        the kernel's order: golden_6_18.md rows M1 to M33.
+        Raises: Refusal EINVAL `mmap.offset`; EBADF `fd.not_open`; EINVAL `mmap.range`; EPERM `mmap.exec`; ENODEV
+        `mmap.not_mappable`; EINVAL `mmap.private`. In the kernel's order: golden_6_18.md rows M1 to M33.
         """
-        if size <= 0 or offset % PAGE_SIZE or offset < 0:
-            raise Refusal(errno.EINVAL, "mmap.range", size=size, offset=offset)
+        if offset % PAGE_SIZE or offset < 0:
+            raise Refusal(errno.EINVAL, "mmap.offset", offset=offset)
+        file = self.fds.get(fd)
+        if size <= 0:
+            raise Refusal(errno.EINVAL, "mmap.range", size=size)
         if prot & PROT_EXEC:
             raise Refusal(errno.EPERM, "mmap.exec", prot=prot)
         if not isinstance(file, File) or not file.inode.abilities.mmap:
             raise Refusal(errno.ENODEV, "mmap.not_mappable")
         if not shared:
             raise Refusal(errno.EINVAL, "mmap.private")
-        source = GmemSource(file, self._userspace.mappings_of(file.inode))
-        return await self.mm.map(source, size, PageIndex(offset // PAGE_SIZE), writable=bool(prot & PROT_WRITE))
+        file.get()  # its descriptor may be closed while we wait for mmap_lock
+        try:
+            source = GmemSource(file, self._userspace.mappings_of(file.inode))
+            return await self.mm.map(source, size, PageIndex(offset // PAGE_SIZE), writable=bool(prot & PROT_WRITE))
+        finally:
+            await file.put()
 
     async def mmap_anonymous(self, size: int) -> Hva:
         """Private anonymous memory of `size` bytes; the address. Raises: Refusal EINVAL `mmap.range`."""
         if size <= 0:
-            raise Refusal(errno.EINVAL, "mmap.range", size=size, offset=0)
+            raise Refusal(errno.EINVAL, "mmap.range", size=size)
         userspace = self._userspace
         pages = -(-size // PAGE_SIZE)
         source = AnonymousMemory(
