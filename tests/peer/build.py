@@ -1,0 +1,207 @@
+"""`python -m tests.peer.build`: build the foreign test programs outside the repository.
+
+Debian's package linux-source-6.12 has the kernel's KVM selftests. What they need of it is unpacked into a cache
+directory and built there with the machine's gcc, unmodified. The clients of this repository (`tests/clients`) and,
+where somebody has put their text, upstream's newer tests are built beside them. Nothing of upstream is in the
+repository.
+
+Exit codes: 0 built; 4 (kselftest's "skip") something is missing that this user cannot install; 1 a compiler refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = "linux-source-6.12"
+TARBALL = Path("/usr/src") / f"{PACKAGE}.tar.xz"
+TOOLS = {"gcc": "gcc", "make": "make", "tar": "tar", "xz": "xz-utils"}
+HERE = Path(__file__).parent
+CLIENTS = HERE.parent / "clients"
+SKIP = 4
+
+SELFTESTS = (
+    "guest_memfd_test",
+    "guest_print_test",
+    "pre_fault_memory_test",
+    "set_memory_region_test",
+    "x86_64/private_mem_conversions_test",
+    "x86_64/private_mem_kvm_exits_test",
+    "x86_64/userspace_io_test",
+)
+
+# What `make headers` and the selftests read, of 1.5 GB: 22 MB.
+WANTED = (
+    "Kbuild",
+    "Makefile",
+    "arch/x86/Kbuild",
+    "arch/x86/Makefile*",
+    "arch/x86/entry/syscalls",
+    "arch/x86/include",
+    "arch/x86/tools",
+    "include/uapi",
+    "scripts",
+    "tools/arch/x86/include",
+    "tools/build",
+    "tools/include",
+    "tools/lib/*.c",
+    "tools/scripts",
+    "tools/testing/selftests/*.h",
+    "tools/testing/selftests/*.mk",
+    "tools/testing/selftests/kvm",
+    "tools/testing/selftests/rseq",
+    "usr",
+)
+
+# The flags of the selftests' own Makefile that matter for code that is loaded into a guest: no vector beyond what a
+# fresh vCPU has, no stack protector, no position-independent code.
+GUEST_FLAGS = (
+    *("-std=gnu99", "-O2", "-g", "-Wall", "-march=x86-64-v2", "-D_GNU_SOURCE=", "-DCONFIG_64BIT", "-U_FORTIFY_SOURCE"),
+    *("-fno-builtin-memcmp", "-fno-builtin-memcpy", "-fno-builtin-memset", "-fno-builtin-strnlen"),
+    *("-fno-stack-protector", "-fno-PIE", "-fno-strict-aliasing"),
+)
+CLIENT_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
+
+
+class CannotBuildError(Exception):
+    """Something is missing on this machine; the text says what, and how to get it."""
+
+
+def cache_dir() -> Path:
+    """Where everything is built: $XDG_CACHE_HOME/guestmem/peer-6.12, by default below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "guestmem" / "peer-6.12"
+
+
+def run(command: Sequence[str | Path], cwd: Path | None = None) -> None:
+    """Run a command quietly; CalledProcessError after its output was shown, if it fails."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stdout + done.stderr)
+        done.check_returncode()
+
+
+def ensure_packages() -> None:
+    """Install the Debian packages that are missing. CannotBuildError if this user or this machine cannot."""
+    missing = [package for tool, package in TOOLS.items() if not shutil.which(tool)]
+    if not TARBALL.exists():
+        missing.append(PACKAGE)
+    if not missing:
+        return
+    by_hand = f"apt-get install --no-install-recommends {' '.join(missing)}"
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise CannotBuildError(f"{', '.join(missing)} missing; as root: {by_hand}")
+    try:
+        run(["apt-get", "update", "-qq"])
+        run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing])
+    except subprocess.CalledProcessError as error:
+        raise CannotBuildError(f"{by_hand} failed with {error.returncode}") from None
+
+
+def tarball_key() -> str:
+    """What changes when the unpacked tree is of no more use: the tarball, or the list of what is wanted of it."""
+    stat = TARBALL.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns} {' '.join(WANTED)}\n"
+
+
+def unpack(cache: Path) -> Path:
+    """The kernel tree with its exported headers in `usr/include`; made when the stamp does not fit."""
+    tree, stamp = cache / "linux", cache / "linux.stamp"
+    key = tarball_key()
+    if stamp.exists() and stamp.read_text() == key:
+        return tree
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(cache / "selftests", ignore_errors=True)
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    members = [f"{PACKAGE}/{path}" for path in WANTED]
+    options = ["--strip-components=1", "--wildcards", "--no-wildcards-match-slash"]
+    run(["tar", "-x", "-I", "xz -dT0", "-f", TARBALL, "-C", tree, *options, *members])
+    run(["make", "-s", "ARCH=x86", f"-j{os.cpu_count()}", "headers"], cwd=tree)
+    stamp.write_text(key)
+    return tree
+
+
+def build_selftests(tree: Path, out: Path) -> list[Path]:
+    """The kernel's tests, by the kernel's own Makefile; its lists of programs are overridden, not its rules."""
+    out.mkdir(parents=True, exist_ok=True)
+    lists = [f"TEST_GEN_PROGS_x86_64={' '.join(SELFTESTS)}", "TEST_GEN_PROGS_EXTENDED_x86_64=", "TEST_PROGS_x86_64="]
+    make = ["make", "-s", "ARCH=x86", f"-j{os.cpu_count()}", f"OUTPUT={out}", *lists]
+    run(make, cwd=tree / "tools/testing/selftests/kvm")
+    return [out / name for name in SELFTESTS]
+
+
+def is_older(target: Path, sources: Sequence[Path]) -> bool:
+    """Whether `target` is missing or older than any of its sources."""
+    return not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime for source in sources)
+
+
+def build_clients(out: Path) -> list[Path]:
+    """The programs of tests/clients; plain C, one file each, with the machine's own headers."""
+    out.mkdir(parents=True, exist_ok=True)
+    headers = sorted(CLIENTS.glob("*.h"))
+    built = []
+    for source in sorted(CLIENTS.glob("*.c")):
+        target = out / source.stem
+        if is_older(target, [source, *headers]):
+            run(["gcc", *CLIENT_FLAGS, "-o", target, source])
+        built.append(target)
+    return built
+
+
+def build_upstream(text: Path, tree: Path, selftests: Path, out: Path) -> list[Path]:
+    """Upstream's newer tests, unmodified, against the 6.12 library and tests/peer/harness.
+
+    Every `*.c` below `text` is one program. An empty list if there is no such directory.
+    """
+    harness = HERE / "harness"
+    ours = sorted(harness.rglob("*.[ch]"))
+    library = sorted((selftests / "lib").rglob("*.o"))
+    kvm = tree / "tools/testing/selftests/kvm"
+    include = [harness, harness / "include", kvm / "include", kvm / "include/x86_64", kvm.parent, kvm.parent / "rseq"]
+    include += [tree / "tools/include", tree / "tools/arch/x86/include", tree / "usr/include"]
+    built = []
+    for source in sorted(text.glob("*.c")):
+        out.mkdir(parents=True, exist_ok=True)
+        target = out / source.stem
+        if is_older(target, [source, *ours, *library]):
+            paths = [flag for path in include for flag in ("-I", str(path))]
+            run(["gcc", *GUEST_FLAGS, *paths, "-pthread", "-no-pie", "-o", target, source, *ours_c(ours), *library])
+        built.append(target)
+    return built
+
+
+def ours_c(files: Sequence[Path]) -> list[Path]:
+    """The C files of the harness, without its headers."""
+    return [path for path in files if path.suffix == ".c"]
+
+
+def main() -> None:
+    """Build everything that can be built here and print the programs, one a line."""
+    parser = argparse.ArgumentParser(description="Build the foreign test programs outside the repository.")
+    parser.add_argument("--cache", type=Path, default=cache_dir(), help="where to build (default: %(default)s)")
+    parser.add_argument("--upstream", type=Path, help="a directory with the text of upstream's newer tests")
+    options = parser.parse_args()
+    cache = options.cache.resolve()
+    text = (options.upstream or cache / "upstream-text").resolve()
+    try:
+        ensure_packages()
+        tree = unpack(cache)
+        built = build_selftests(tree, cache / "selftests")
+        built += build_clients(cache / "clients")
+        built += build_upstream(text, tree, cache / "selftests", cache / "upstream")
+    except CannotBuildError as error:
+        print(f"peer: skipped: {error}", file=sys.stderr)
+        sys.exit(SKIP)
+    except subprocess.CalledProcessError:
+        sys.exit(1)
+    print(*built, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
