@@ -32,7 +32,18 @@ from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.vcpu import Vcpu, create_vcpu
 from guestmem.kvm.vm import Kvm, KvmEnvironment
 from guestmem.kvm.vm_attributes import set_memory_attributes
-from guestmem.memory import PAGE_SIZE, Abilities, Access, File, Inode, InodeStatistics, MemfdBacking, Owner, Pool
+from guestmem.memory import (
+    PAGE_SIZE,
+    Abilities,
+    Access,
+    Backing,
+    File,
+    Inode,
+    InodeStatistics,
+    MemfdBacking,
+    Owner,
+    Pool,
+)
 from guestmem.memory.pages import page_range
 from guestmem.sched import Policy, Scheduler, Task
 from guestmem.trace import Tracer
@@ -164,7 +175,7 @@ class Host:
             kvm.check()
         self.process.mm.check()
 
-    def _new_backing(self, pages: int, name: str) -> MemfdBacking:
+    def _new_backing(self, pages: int, name: str) -> Backing:
         return MemfdBacking(pages, name, junk=self._debug)
 
     def _enter(self, vcpu: VcpuHandle) -> Task[Exit]:

@@ -157,6 +157,8 @@ class Inode:
     async def _fill(self, pages: PageRange, populate: bool = False) -> None:
         """Give every absent page of the range a folio. Two tasks may do so at once; who inserts second gives back."""
         while gap := next(self.folios.absent(pages), None):
+            if self._scheduler.fails("folio: allocate"):
+                raise Refusal(errno.ENOMEM, "pool.empty", wanted=gap.pages)
             pfns = self._pool.allocate(gap.pages, self.order)
             await self._scheduler.preempt("allocated, not in the file yet")
             if self.folios.present.range_cardinality(gap.start, gap.end):

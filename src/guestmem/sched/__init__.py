@@ -4,28 +4,32 @@ Every `await` in guestmem ends here. Serving and scripts run under `Fifo`; a che
 """
 
 from guestmem.sched.counts import RefCount, SeqCount
-from guestmem.sched.fingerprint import fingerprint
+from guestmem.sched.fingerprint import Fingerprinter, Rules, Walk, fingerprint
 from guestmem.sched.lock_order import LockClass, LockOrderViolation
 from guestmem.sched.locks import Lock, RwLock
 from guestmem.sched.policy import Fifo, Policy
-from guestmem.sched.scheduler import Deadlock, Operation, Scheduler, Task
+from guestmem.sched.scheduler import Deadlock, Operation, Scheduler, Task, park
 from guestmem.sched.srcu import Srcu
 from guestmem.sched.waitqueue import WaitQueue
 
 __all__ = [
     "Deadlock",
     "Fifo",
+    "Fingerprinter",
     "Lock",
     "LockClass",
     "LockOrderViolation",
     "Operation",
     "Policy",
     "RefCount",
+    "Rules",
     "RwLock",
     "Scheduler",
     "SeqCount",
     "Srcu",
     "Task",
     "WaitQueue",
+    "Walk",
     "fingerprint",
+    "park",
 ]

@@ -23,7 +23,7 @@ class RefCount:
 
     def get(self) -> None:
         """One more holder; the caller holds one already."""
-        assert self.value > 0, f"{self.name}: reference taken from zero"
+        assert self.value > 0, f"S6: {self.name}: reference taken from zero"
         self.value += 1
 
     def get_unless_zero(self) -> bool:
@@ -35,7 +35,7 @@ class RefCount:
 
     def put(self) -> bool:
         """One holder less; true for the last, whose duty the release is."""
-        assert self.value > 0, f"{self.name}: put without a reference"
+        assert self.value > 0, f"S14: {self.name}: put without a reference"
         self.value -= 1
         return self.value == 0
 

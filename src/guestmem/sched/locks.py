@@ -6,11 +6,13 @@ Holding is tied to the task: `held_by_me` is the lockdep_assert_held() of this h
 
 from __future__ import annotations
 
+import types
+from collections.abc import Generator
 from types import TracebackType
 from typing import Any
 
 from guestmem.sched.lock_order import LockClass
-from guestmem.sched.scheduler import HeldLock, Operation, Scheduler, Task, park
+from guestmem.sched.scheduler import HeldLock, Operation, Scheduler, Task
 
 
 class Lock(HeldLock):
@@ -34,12 +36,13 @@ class Lock(HeldLock):
     def held_by_me(self) -> bool:
         return self.owner is not None and self.owner is self._scheduler.current
 
-    async def __aenter__(self) -> None:
+    @types.coroutine
+    def __aenter__(self) -> Generator[Operation, None, None]:
         scheduler = self._scheduler
         task = scheduler._running()
         task.check_order(self)
         if scheduler.explores or self.owner is not None:
-            await park(self._acquire)
+            yield self._acquire
         self.owner = task
         task.take(self)
 
@@ -63,7 +66,8 @@ class _Mode:
             "lock exclusive" if write else "lock shared", lock, lock._free_to_write if write else lock._free_to_read
         )
 
-    async def __aenter__(self) -> None:
+    @types.coroutine
+    def __aenter__(self) -> Generator[Operation, None, None]:
         lock = self._lock
         scheduler = lock._scheduler
         task = scheduler._running()
@@ -72,7 +76,7 @@ class _Mode:
         if scheduler.explores or not free:
             lock._waiting_writers += self._write
             try:
-                await park(self._operation)
+                yield self._operation
             finally:
                 lock._waiting_writers -= self._write
         if self._write:

@@ -123,6 +123,7 @@ class AddressSpace:
 
     async def copy_from_user(self, hva: int, size: int) -> bytes:
         """What a system call reads from its caller. Raises: Refusal EFAULT `user.copy`."""
+        self._may_fail_to_copy(hva, size)
         try:
             return await self.read(hva, size)
         except (SigBus, SigSegv) as signal:
@@ -130,6 +131,7 @@ class AddressSpace:
 
     async def copy_to_user(self, hva: int, data: bytes) -> None:
         """What a system call writes to its caller. Raises: Refusal EFAULT `user.copy`."""
+        self._may_fail_to_copy(hva, len(data))
         try:
             await self.write(hva, data)
         except (SigBus, SigSegv) as signal:
@@ -187,6 +189,10 @@ class AddressSpace:
         finally:
             if self._tracer.enabled:
                 self._tracer.emit(event.UserFault(self.number, hva, write, result))
+
+    def _may_fail_to_copy(self, hva: int, size: int) -> None:
+        if self._scheduler.fails("copy to or from user"):
+            raise Refusal(errno.EFAULT, "user.copy", hva=hva, size=size)
 
     # Page table
 
