@@ -1,0 +1,50 @@
+"""`python -m tests.golden`: print the rows that differ from Linux 6.18, for who is mending them.
+
+Under `guestmem run --abi v6.18` by default; `--native` asks the /dev/kvm of this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.golden import runner
+from tests.golden.rows import ROWS, SECTIONS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--native", action="store_true", help="ask this machine's /dev/kvm")
+    where.add_argument("--guestmem", action="store_true", help="ask `guestmem run --abi v6.18` (the default)")
+    parser.add_argument("--section", action="append", default=[], choices=SECTIONS, help="only these sections")
+    parser.add_argument("--fast", action="store_true", help="leave out row R42, for which a real kernel needs 45 s")
+    parser.add_argument("--all", action="store_true", help="print the rows that agree as well")
+    return parser
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    slow = not options.fast
+    rows = runner.asked(options.section, slow=slow)
+    prefix = [] if options.native else runner.guestmem_command()
+    with tempfile.TemporaryDirectory() as directory:
+        program = runner.build(Path(directory))
+        answers = runner.run(program, runner.selection(options.section, slow=slow), prefix)
+    if options.all:
+        for row_id in rows:
+            print(
+                f"{row_id:5} {ROWS[row_id].call}: {ROWS[row_id].arguments}: {answers.rows.get(row_id, '(no answer)')}"
+            )
+    found = runner.differences(answers, rows, excuses=not options.native)
+    print(runner.report(found, answers, rows))
+    stale = runner.stale(answers, rows) if not options.native else []
+    for row_id in stale:
+        print(f"{row_id} is listed as unimitable but agrees")
+    return 1 if stale or any(not difference.excuse for difference in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
