@@ -1,11 +1,13 @@
 """`python -m tests.golden`: print the rows that differ from Linux 6.18, for who is mending them.
 
-Under `guestmem run --abi v6.18` by default; `--native` asks the /dev/kvm of this machine.
+Under `guestmem run --abi v6.18` by default; `--native` asks the /dev/kvm of this machine, and `--under COMMAND` runs the
+probe behind any other one, such as `env LD_PRELOAD=...`.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -19,20 +21,26 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--native", action="store_true", help="ask this machine's /dev/kvm")
     where.add_argument("--guestmem", action="store_true", help="ask `guestmem run --abi v6.18` (the default)")
+    where.add_argument("--under", metavar="COMMAND", help="put this command before the probe")
     parser.add_argument("--section", action="append", default=[], choices=SECTIONS, help="only these sections")
     parser.add_argument("--fast", action="store_true", help="leave out row R42, for which a real kernel needs 45 s")
     parser.add_argument("--all", action="store_true", help="print the rows that agree as well")
     return parser
 
 
+def _prefix(options: argparse.Namespace) -> list[str]:
+    if options.native:
+        return []
+    return shlex.split(options.under) if options.under else runner.guestmem_command()
+
+
 def main() -> int:
     options = _parser().parse_args()
     slow = not options.fast
     rows = runner.asked(options.section, slow=slow)
-    prefix = [] if options.native else runner.guestmem_command()
     with tempfile.TemporaryDirectory() as directory:
         program = runner.build(Path(directory))
-        answers = runner.run(program, runner.selection(options.section, slow=slow), prefix)
+        answers = runner.run(program, runner.selection(options.section, slow=slow), _prefix(options))
     if options.all:
         for row_id in rows:
             print(
