@@ -1,7 +1,7 @@
 """`python -m tests.golden`: print the rows that differ from Linux 6.18, for who is mending them.
 
-Under `guestmem run --abi v6.18` by default; `--native` asks the /dev/kvm of this machine, and `--under COMMAND` runs the
-probe behind any other one, such as `env LD_PRELOAD=...`.
+Under `guestmem run --abi v6.18` by default; `--native` asks the /dev/kvm of this machine, and `--under COMMAND` puts
+any other command before the probe, such as `env LD_PRELOAD=...`.
 """
 
 from __future__ import annotations
