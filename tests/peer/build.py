@@ -163,7 +163,7 @@ def build_upstream(text: Path, tree: Path, selftests: Path, out: Path) -> list[P
     ours = sorted(harness.rglob("*.[ch]"))
     library = sorted((selftests / "lib").rglob("*.o"))
     kvm = tree / "tools/testing/selftests/kvm"
-    include = [harness, harness / "include", kvm / "include", kvm / "include/x86_64", kvm.parent, kvm.parent / "rseq"]
+    include = [harness / "include", kvm / "include", kvm / "include/x86_64", kvm.parent, kvm.parent / "rseq"]
     include += [tree / "tools/include", tree / "tools/arch/x86/include", tree / "usr/include"]
     built = []
     for source in sorted(text.glob("*.c")):
