@@ -85,14 +85,14 @@ class Host:
         self.tracer = Tracer()
         self.level = level
         pages = (memory or os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE) // PAGE_SIZE
-        self.pool = Pool(pages)
+        self.pool = self._new_pool(pages)
         self.identities = IdentityPool()
         self.userspace = Userspace(self.scheduler, self.tracer, self.pool, self._new_backing)
         self.process = self.userspace.spawn()
         self.inodes: list[Inode] = []
         self.vms: list[Kvm] = []
         self._debug = debug
-        self._environment = KvmEnvironment(self.scheduler, self.tracer, self.identities, self.new_inode, engine)
+        self.environment = KvmEnvironment(self.scheduler, self.tracer, self.identities, self.new_inode, engine)
 
     def __enter__(self) -> Host:
         return self
@@ -113,7 +113,7 @@ class Host:
 
     def create_vm(self, vm_type: VmType = VmType.DEFAULT, level: AbiLevel | None = None) -> Vm:
         """KVM_CREATE_VM."""
-        kvm = Kvm(self._environment, len(self.vms), vm_type, level or self.level, self.process.mm)
+        kvm = Kvm(self.environment, len(self.vms), vm_type, level or self.level, self.process.mm)
         self.vms.append(kvm)
         fd = self.process.fds.reserve()
         self.process.fds.install(fd, kvm)
@@ -174,6 +174,9 @@ class Host:
         for kvm in self.vms:
             kvm.check()
         self.process.mm.check()
+
+    def _new_pool(self, pages: int) -> Pool:
+        return Pool(pages)
 
     def _new_backing(self, pages: int, name: str) -> Backing:
         return MemfdBacking(pages, name, junk=self._debug)

@@ -88,7 +88,7 @@ def test_a_pending_signal_interrupts_before_the_guest_runs(bench: Bench) -> None
         current.signal_pending = True
         return await handle.vcpu.run()
 
-    assert bench.run(run_with_signal()) == InterruptedExit()
+    assert bench.run(run_with_signal()) == InterruptedExit(by_signal=True)
     assert handle.engine.done == 0  # type: ignore[attr-defined]
 
 

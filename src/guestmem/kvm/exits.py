@@ -74,7 +74,9 @@ class InternalErrorExit:
 
 @dataclasses.dataclass(slots=True)
 class InterruptedExit:
-    """KVM_RUN fails with EINTR: `immediate_exit` was set, or a signal is pending."""
+    """KVM_RUN fails with EINTR: `immediate_exit` was set, or a signal is pending, which alone is an exit reason."""
+
+    by_signal: bool = False
 
 
 Exit: TypeAlias = (

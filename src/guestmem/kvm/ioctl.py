@@ -80,10 +80,10 @@ async def ioctl(caller: Caller, fd: int, request: int, argument: int) -> int:
 
 async def _dispatch(caller: Caller, file: OpenFile, request: int, argument: int) -> int:
     if isinstance(file, File) and isinstance(file.private_data, KvmGmemContext):
-        return await _gmem_ioctl(caller, file, request, argument)
+        return await gmem_ioctl(caller.mm, file, request, argument)
     if isinstance(file, Kvm):
         _check_caller(caller, file)
-        handler = _VM_IOCTLS.get(request)
+        handler = VM_IOCTLS.get(request)
         if handler is None:
             raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="VM")
         return await handler(caller, file, argument)
@@ -91,7 +91,7 @@ async def _dispatch(caller: Caller, file: OpenFile, request: int, argument: int)
         _check_caller(caller, file.kvm)
         if request != uapi.KVM_PRE_FAULT_MEMORY:
             raise Refusal(errno.EINVAL, "ioctl.unknown", request=request, on="vCPU")
-        return await _pre_fault(caller, file, argument)
+        return await pre_fault(caller, file, argument)
     raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="other file")
 
 
@@ -127,24 +127,25 @@ async def _set_attributes(caller: Caller, kvm: Kvm, argument: int) -> int:
     return 0
 
 
-async def _gmem_ioctl(caller: Caller, file: File, request: int, argument: int) -> int:
+async def gmem_ioctl(mm: HostAddressSpace, file: File, request: int, argument: int) -> int:
+    """ioctl(2) on a guest_memfd by a process with memory `mm`. Raises: as set_memory_attributes2; ENOTTY."""
     if request != uapi.KVM_SET_MEMORY_ATTRIBUTES2:
         raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="guest_memfd")
     require_in_place(file)
-    data = await caller.mm.copy_from_user(argument, MemoryAttributes2.SIZE)
+    data = await mm.copy_from_user(argument, MemoryAttributes2.SIZE)
     try:
         await set_memory_attributes2(file, MemoryAttributes2.unpack(data))
     except Refusal as refusal:
         error_offset = refusal.facts.get("error_offset")
         if isinstance(error_offset, int):
             where = argument + MemoryAttributes2.ERROR_OFFSET_AT
-            await caller.mm.copy_to_user(where, struct.pack("<Q", error_offset))
+            await mm.copy_to_user(where, struct.pack("<Q", error_offset))
         raise
     return 0
 
 
-async def _pre_fault(caller: Caller, vcpu: Vcpu, argument: int) -> int:
-    """What is left of the range goes back to the caller, whatever became of it."""
+async def pre_fault(caller: Caller, vcpu: Vcpu, argument: int) -> int:
+    """KVM_PRE_FAULT_MEMORY on a vCPU. What is left of the range goes back to the caller, whatever became of it."""
     data = await caller.mm.copy_from_user(argument, PreFaultMemory.SIZE)
     async with vcpu.mutex:
         left = await pre_fault_memory(vcpu.kvm, PreFaultMemory.unpack(data))
@@ -152,9 +153,9 @@ async def _pre_fault(caller: Caller, vcpu: Vcpu, argument: int) -> int:
     return 0
 
 
-_VmIoctl: TypeAlias = Callable[[Caller, Kvm, int], Awaitable[int]]
+VmIoctl: TypeAlias = Callable[[Caller, Kvm, int], Awaitable[int]]
 
-_VM_IOCTLS: dict[int, _VmIoctl] = {
+VM_IOCTLS: dict[int, VmIoctl] = {
     uapi.KVM_SET_USER_MEMORY_REGION: _set_region,
     uapi.KVM_SET_USER_MEMORY_REGION2: _set_region2,
     uapi.KVM_SET_MEMORY_ATTRIBUTES: _set_attributes,

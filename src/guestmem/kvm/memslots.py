@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING
 
 from guestmem.kvm.addresses import Gfn
 from guestmem.memory import PAGE_SHIFT, File, PageIndex, PageRange, Range
-from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, KVM_MEM_READONLY
+from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 
 if TYPE_CHECKING:
     from guestmem.kvm.context import KvmGmemContext
 
 
 class MemorySlot:
-    """`gfns` of guest memory. Immutable but for `invalid` and the two pointers of a guest_memfd binding.
+    """`gfns` of guest memory. Immutable but for `invalid`, `dirty` and the two pointers of a binding.
 
     `context` is set while the slot is bound, `pages` are those of the file that it shows, the last ones if it is bound
-    no more; `gmem_only` says that shared accesses too are served from the file and not from `userspace_addr`.
+    no more; `gmem_only` says that shared accesses too are served from the file and not from `userspace_addr`. `dirty`
+    has the frames, counted from the slot's first, that were written since the log was last asked for; None without one.
     """
 
-    __slots__ = ("context", "flags", "freed", "gfns", "gmem_only", "id", "invalid", "pages", "userspace_addr")
+    __slots__ = ("context", "dirty", "flags", "freed", "gfns", "gmem_only", "id", "invalid", "pages", "userspace_addr")
 
     def __init__(self, number: int, flags: int, gfns: Range[Gfn], userspace_addr: int) -> None:
         self.id = number
@@ -42,6 +43,7 @@ class MemorySlot:
         self.context: KvmGmemContext | None = None
         self.pages: PageRange = Range(PageIndex(0), PageIndex(0))
         self.gmem_only = False
+        self.dirty: set[int] | None = set() if flags & KVM_MEM_LOG_DIRTY_PAGES else None
 
     def __repr__(self) -> str:
         return f"slot {self.id} [{self.gfns.start:#x}, {self.gfns.end:#x})"

@@ -54,8 +54,8 @@ async def page_fault(
     that is being deleted is then an error and not a retry, since the caller would retry inside its read section while
     the deletion waits for that section to end (known bug B26).
 
-    Raises: Refusal. EFAULT `fault.mismatch`, `fault.no_gmem`, `fault.file_gone`, `user.page`; EIO `fault.binding`;
-    EHWPOISON `fault.poisoned`; ENOMEM; EAGAIN `prefault.slot_deleted`. Nothing is mapped then.
+    Raises: Refusal. EFAULT `fault.mismatch`, `fault.no_slot`, `fault.no_gmem`, `fault.file_gone`, `user.page`; EIO
+    `fault.binding`; EHWPOISON `fault.poisoned`; ENOMEM; EAGAIN `prefault.slot_deleted`. Nothing is mapped then.
     """
     gfn = gfn_of(gpa)
     held = _Held()
@@ -63,6 +63,8 @@ async def page_fault(
         with kvm.srcu.read():
             slot = kvm.memslots.find(gfn)
             if slot is None:
+                if _asked_access(kvm, None, gfn, private) is Access.PRIVATE:  # private MMIO does not exist
+                    raise Refusal(errno.EFAULT, "fault.no_slot", gfn=gfn)
                 return FaultResult.MMIO
             if slot.invalid:
                 if prefault:
@@ -77,12 +79,14 @@ async def page_fault(
             await kvm.scheduler.preempt("page looked up, leaf not installed")
             async with kvm.stage2.mmu_lock:
                 mapped = kvm.stage2.install(leaf, access, seen)
+                if mapped and write and slot.dirty is not None:
+                    slot.dirty.add(gfn - slot.gfns.start)
             return FaultResult.MAPPED if mapped else FaultResult.RETRY
     finally:
         await held.put()
 
 
-def _asked_access(kvm: Kvm, slot: MemorySlot, gfn: Gfn, private: bool | None) -> Access:
+def _asked_access(kvm: Kvm, slot: MemorySlot | None, gfn: Gfn, private: bool | None) -> Access:
     """The access that the guest makes, checked against the state of the page (R3)."""
     state = kvm.access_of(gfn, slot)
     if private is None:
@@ -103,7 +107,8 @@ async def _find_page(
     if asked is Access.PRIVATE or slot.gmem_only:
         return await _find_gmem_page(kvm, slot, gfn, asked, held)
     entry = await kvm.mm.user_page(slot.hva_of(gfn), write)
-    return Leaf(gfn, 0, entry.pfn, entry.hva, entry.window, entry.writable and slot.writable), Access.SHARED
+    writable = entry.writable and slot.writable and (write or slot.dirty is None)
+    return Leaf(gfn, 0, entry.pfn, entry.hva, entry.window, writable), Access.SHARED
 
 
 async def _find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, held: _Held) -> tuple[Leaf, Access]:

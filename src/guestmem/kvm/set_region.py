@@ -149,6 +149,9 @@ async def _change(kvm: Kvm, old: MemorySlot, region: Region) -> None:
     if region.gfn == old.gfns.start:
         if region.flags != old.flags:
             await kvm.swap_memslots(kvm.memslots.replace(old, new))
+            async with kvm.stage2.mmu_lock:  # writable leaves would write past a log that has begun
+                kvm.stage2.zap(new.gfns, BOTH)
+            old.freed = True
         return
     _check_free(kvm, new)
     _check_reachable(new)

@@ -28,17 +28,20 @@ from guestmem.kvm.exits import (
 from guestmem.kvm.mmu import FaultResult, page_fault
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access
-from guestmem.sched import Lock, LockClass, RefCount
+from guestmem.sched import Lock, LockClass, Operation, RefCount, park
 from guestmem.trace import EHWPOISON, Refusal
 from guestmem.trace import events as event
-from guestmem.uapi.kvm import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM, KVM_HC_MAP_GPA_RANGE
+from guestmem.uapi.kvm import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM, KVM_HC_MAP_GPA_RANGE, KVM_MP_STATE_RUNNABLE
 
 _MEMORY_FAULTS = (errno.EFAULT, EHWPOISON)
 _U64 = 1 << 64
 
 
 class Vcpu:
-    """One virtual CPU of `kvm`, which it holds. `immediate_exit` is the field of struct kvm_run."""
+    """One virtual CPU of `kvm`, which it holds. `immediate_exit` is the field of struct kvm_run.
+
+    `unanswered` is the exit whose answer the next run takes: its `data` or `ret`.
+    """
 
     def __init__(self, kvm: Kvm, number: int, engine: Engine) -> None:
         self.kvm = kvm
@@ -48,7 +51,10 @@ class Vcpu:
         self.immediate_exit = False
         self.exits = 0
         self.references = RefCount(kvm.scheduler, f"vcpu {number} vm {kvm.number}")
-        self._unanswered: IoExit | MmioExit | HypercallExit | None = None
+        self.unanswered: IoExit | MmioExit | HypercallExit | None = None
+        self.mp_state = KVM_MP_STATE_RUNNABLE
+        self.cpuid: cpu.CpuidTable = {}
+        self.lapic = bytes(1024)  # what KVM_SET_LAPIC left
         kvm.get()
 
     def get(self) -> None:
@@ -74,8 +80,10 @@ class Vcpu:
 
     async def _run(self) -> Exit:
         while True:
-            if self.immediate_exit or self.kvm.scheduler.signal_pending:
+            if self.immediate_exit:
                 return InterruptedExit()
+            if self.kvm.scheduler.signal_pending:
+                return InterruptedExit(by_signal=True)
             exit_ = await self._handle(self.engine.run())
             if exit_ is not None:
                 return exit_
@@ -83,7 +91,7 @@ class Vcpu:
 
     def _answer(self) -> None:
         """Hand the engine what the VMM filled into the last exit."""
-        pending, self._unanswered = self._unanswered, None
+        pending, self.unanswered = self.unanswered, None
         if isinstance(pending, HypercallExit):
             self.engine.complete(pending.ret % _U64)
         elif pending is not None:
@@ -97,25 +105,42 @@ class Vcpu:
             case cpu.Stage2Miss():
                 return await self._page_fault(stop)
             case cpu.PortOut():
+                if self._taken(stop.port, stop.size, stop.value, is_port=True):
+                    return None
                 return IoExit(stop.port, stop.size, True, stop.value)
             case cpu.PortIn():
                 return self._wait_for_answer(IoExit(stop.port, stop.size, False))
             case cpu.MmioWrite():
+                if self._taken(stop.gpa, stop.size, stop.value, is_port=False):
+                    return None
                 return MmioExit(stop.gpa, stop.size, True, stop.value)
             case cpu.MmioRead():
                 return self._wait_for_answer(MmioExit(stop.gpa, stop.size, False))
             case cpu.Hypercall():
                 return self._hypercall(stop)
             case cpu.Halt():
-                return HltExit()
+                return await self._halt()
             case cpu.Shutdown():
                 return ShutdownExit()
             case cpu.Failed():
                 return InternalErrorExit(stop.rip, stop.why)
 
     def _wait_for_answer(self, exit_: IoExit | MmioExit | HypercallExit) -> Exit:
-        self._unanswered = exit_
+        self.unanswered = exit_
         return exit_
+
+    def _taken(self, address: int, size: int, value: int, is_port: bool) -> bool:
+        """Whether something in the kernel takes a write, so that it is no exit. Source: kvm_io_bus_write."""
+        return any(device.write(address, size, value, is_port) for device in self.kvm.io_devices)
+
+    async def _halt(self) -> Exit:
+        """With an interrupt controller in the kernel the vCPU sleeps there; nothing but a signal can wake it here."""
+        if self.kvm.irqchip is None:
+            return HltExit()
+        scheduler = self.kvm.scheduler
+        task = scheduler.current
+        await park(Operation("halted", f"vcpu {self.number}", lambda: task is None or task.signal_pending))
+        return InterruptedExit(by_signal=True)
 
     async def _page_fault(self, stop: cpu.Stage2Miss) -> Exit | None:
         kvm = self.kvm

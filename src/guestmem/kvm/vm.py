@@ -14,7 +14,7 @@ from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.identity import IdentityPool, VirtualMachine
 from guestmem.kvm.memslots import MemorySlot, SlotTable
 from guestmem.kvm.stage2 import Stage2
-from guestmem.memory import Access, Inode, Pfn, Range
+from guestmem.memory import PAGE_SHIFT, Access, Inode, Pfn, Range
 from guestmem.memory.attributes import Attributes
 from guestmem.sched import Lock, LockClass, RefCount, Scheduler, Srcu, WaitQueue
 from guestmem.trace import Tracer
@@ -75,6 +75,16 @@ class HostAddressSpace(Protocol):
         ...
 
 
+class IoDevice(Protocol):
+    """Something in the kernel that takes a guest's port or MMIO writes, so that they are no exits."""
+
+    def write(self, address: int, size: int, value: int, is_port: bool) -> bool:
+        """Whether it took the write."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class KvmEnvironment(NamedTuple):
     """What the kernel around KVM gives it: memory for files, engines for vCPUs, identities."""
 
@@ -108,6 +118,9 @@ class Kvm:
         self.attributes: Attributes[Gfn] = Attributes(1 << (MAX_PHYSICAL_ADDRESS_BITS - 12), Access.SHARED)
         self.vcpus: dict[int, Vcpu] = {}
         self.enabled_hypercalls = 0
+        self.io_devices: list[IoDevice] = []
+        self.irqchip: dict[int, bytes] | None = None  # KVM_CREATE_IRQCHIP; saved state by chip
+        self.clock_offset_ns = 0
         self.references = RefCount(scheduler, f"kvm {number}")
         self.destroyed = False
         self.host_invalidations = 0
@@ -175,6 +188,14 @@ class Kvm:
         if not self.host_invalidations:
             self._host_invalidations_over.wake_all()
 
+    def hva_range_of_slot(self, hva: int) -> tuple[int, int] | None:
+        """Start and end of the host addresses of a slot that shows `hva`; None if no slot does. Linear in the slots."""
+        for slot in self.memslots.by_gfn:
+            end = slot.userspace_addr + (slot.gfns.pages << PAGE_SHIFT)
+            if slot.userspace_addr <= hva < end and not slot.gmem_only:
+                return slot.userspace_addr, end
+        return None
+
     def _gfns_of_hvas(self, start: int, end: int) -> list[Range[Gfn]]:
         slots = (slot for slot in self.memslots.by_gfn if not slot.gmem_only)
         return [gfns for slot in slots if (gfns := slot.gfns_of_hvas(start, end))]
@@ -199,6 +220,8 @@ class Kvm:
         for vcpu in self.vcpus.values():
             vcpu.engine.close()
         self.vcpus.clear()
+        for device in self.io_devices:
+            device.close()
         for table in self.stage2.tables.values():
             table.zap(Range(Gfn(0), Gfn(self.attributes.count)))
         self.destroyed = True

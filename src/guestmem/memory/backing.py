@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+from collections.abc import Iterator
 from typing import Protocol
 
 from pyroaring import BitMap64
@@ -56,6 +57,10 @@ class Backing(Protocol):
 
     def zero(self, pages: PageRange) -> None:
         """Make the pages read as zero. Cheap where they already do."""
+        ...
+
+    def existing(self, pages: PageRange) -> Iterator[PageRange]:
+        """The stretches of `pages` that have host memory now."""
         ...
 
     def close(self) -> None: ...
@@ -109,22 +114,29 @@ class MemfdBacking:
             ctypes.memset(self.hva(part.start), 0, part.pages << PAGE_SHIFT)
         self._dirty.remove_range(pages.start, pages.end)
 
+    def existing(self, pages: PageRange) -> Iterator[PageRange]:
+        position, end = pages.start << PAGE_SHIFT, pages.end << PAGE_SHIFT
+        while position < end:
+            try:
+                data = os.lseek(self.fd, position, os.SEEK_DATA)
+            except OSError:  # ENXIO: no data from here on
+                return
+            if data >= end:
+                return
+            position = min(os.lseek(self.fd, data, os.SEEK_HOLE), end)
+            yield Range(PageIndex(data >> PAGE_SHIFT), PageIndex(position >> PAGE_SHIFT))
+
     def close(self) -> None:
         """Unmap and close. Idempotent."""
         for window, base in self._windows.items():
-            _libc.munmap(base, self._window_size(window))
+            unmap_window(base, self._window_size(window))
         self._windows.clear()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def _map(self, window: int) -> int:
-        start = window << WINDOW_SHIFT
-        base = _libc.mmap(None, self._window_size(window), _PROT_READ_WRITE, _MAP_SHARED_NORESERVE, self.fd, start)
-        if base is None or base == ctypes.c_void_p(-1).value:
-            error = ctypes.get_errno()
-            raise OSError(error, f"mmap of {self._window_size(window):#x} bytes: {os.strerror(error)}")
-        return int(base)
+        return map_window(self.fd, window << WINDOW_SHIFT, self._window_size(window))
 
     def _window_size(self, window: int) -> int:
         return min(1 << WINDOW_SHIFT, self._size - (window << WINDOW_SHIFT))
@@ -134,6 +146,19 @@ class MemfdBacking:
         per_window = 1 << (WINDOW_SHIFT - PAGE_SHIFT)
         cuts = [pages.start, *range((pages.start // per_window + 1) * per_window, pages.end, per_window), pages.end]
         return [Range(PageIndex(a), PageIndex(b)) for a, b in itertools.pairwise(cuts)]
+
+
+def map_window(fd: int, offset: int, size: int) -> int:
+    """Map a stretch of a file into the server, readable and writable; its address. Bytes. Raises: OSError."""
+    base = _libc.mmap(None, size, _PROT_READ_WRITE, _MAP_SHARED_NORESERVE, fd, offset)
+    if base is None or base == ctypes.c_void_p(-1).value:
+        error = ctypes.get_errno()
+        raise OSError(error, f"mmap of {size:#x} bytes: {os.strerror(error)}")
+    return int(base)
+
+
+def unmap_window(base: int, size: int) -> None:
+    _libc.munmap(base, size)
 
 
 def read_host(hva: int, size: int) -> bytes:

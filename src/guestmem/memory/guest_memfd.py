@@ -174,6 +174,18 @@ class Inode:
             if self._tracer.enabled:
                 self._tracer.emit(event.GmemFolioAlloc(self.number, gap.start, gap.end))
 
+    async def absorb(self, pages: PageRange) -> None:
+        """Learn of pages that a user brought into being through a mapping of the backing itself.
+
+        For a user whose faults the host's kernel handles. Such pages are zero at birth, so they are up to date.
+        """
+        inside = pages.intersection(Range(PageIndex(0), PageIndex(self.pages)))
+        for run in self.backing.existing(inside) if inside else ():
+            new = list(self.folios.absent(run))
+            await self._fill(run)
+            for gap in new:
+                self.folios.set_uptodate(gap)
+
     def _give_back(self, pfns: list[Range[Pfn]]) -> None:
         for run in reversed(pfns):
             self._pool.free(run)
@@ -218,6 +230,7 @@ class Inode:
                     raise Refusal(errno.EINTR, "fallocate.interrupted", done_pages=start - pages.start)
                 end = min(start + (self.allocate_batch << self.order), pages.end)
                 await self._fill(Range(PageIndex(start), PageIndex(end)), populate=True)
+                await self._scheduler.cond_resched("allocated a batch")
 
     async def punch_hole(self, pages: PageRange) -> None:
         """Free the folios in `pages`; their access stays as it is, their bytes are zero when they come back.

@@ -39,6 +39,12 @@ _TABLE = (
     Rule("fd.not_open", ("EBADF",), "any", 1, "the descriptor is not open", "fdget() [O R51 R52]"),
     Rule("ioctl.other_mm", ("EIO",), "any", 2, "the VM was made in another address space", "kvm_vm_ioctl [O S4]"),
     Rule("ioctl.unknown", ("ENOTTY", "EINVAL"), "any", 3, "this file has no such ioctl", "uapi.md 2 [O K1 G44]"),
+    Rule("ioctl.argument", ("EINVAL",), "any", 5, "the argument is not one that this call takes", "kvm_main.c [M]"),
+    Rule(
+        "list.too_small", ("E2BIG",), "any", 6, "the caller's list has no room for what there is", "cpuid.c, x86.c [M]"
+    ),
+    Rule("list.too_long", ("E2BIG",), "any", 7, "the caller's list is longer than any can be", "cpuid.c, x86.c [M]"),
+    Rule("wire.bad_request", ("EPROTO",), "any", 8, "no message that our shim sends", "docs/reference/wire.md [I]"),
     Rule("user.copy", ("EFAULT",), "any", 4, "the argument cannot be read or written", "copy_from_user [O N24 R64]"),
     # KVM_CREATE_GUEST_MEMFD
     Rule("create.flags", ("EINVAL",), _CREATE, 2, "a flag that this VM may not have", "uapi.md 6 [M] [O N14]"),
@@ -114,6 +120,7 @@ _TABLE = (
     Rule("mmap.range", ("EINVAL",), _MMAP, 2, "the length is zero", "do_mmap [M] [O M31]"),
     Rule("mmap.exec", ("EPERM",), _MMAP, 3, "guest memory is not executable for the host", "path_noexec [O M8]"),
     Rule("mmap.not_mappable", ("ENODEV",), _MMAP, 4, "the file was made without the MMAP flag", "[M] [O M1]"),
+    Rule("mmap.sync", ("EOPNOTSUPP",), _MMAP, 6, "MAP_SYNC is for DAX files", "do_mmap [O M18]"),
     Rule("mmap.private", ("EINVAL",), _MMAP, 5, "only MAP_SHARED", "kvm_gmem_mmap [M] [O M10]"),
     Rule("range.unaligned", ("EINVAL",), "munmap", 1, "address not page aligned, or no size", "mm/mmap.c [M]"),
     Rule("madvise.unmapped", ("ENOMEM",), "madvise", 2, "part of the range is not mapped", "mm/madvise.c [M]"),
@@ -124,9 +131,33 @@ _TABLE = (
     Rule("fault.access", ("EFAULT",), _FAULT, 3, "the page does not have the access asked for", "R3 [M] [O T1]"),
     Rule("fault.poisoned", ("EHWPOISON",), _FAULT, 4, "the page's memory is bad", "kvm_gmem_get_pfn [M]"),
     Rule("fault.mismatch", ("EFAULT",), "KVM_RUN", 1, "the guest's access is not the page's", "uapi.md 11 [M]"),
-    Rule("fault.no_gmem", ("EFAULT",), "KVM_RUN", 2, "private access, and the slot has no guest_memfd", "[M]"),
-    Rule("fault.file_gone", ("EFAULT",), "KVM_RUN", 3, "the slot's guest_memfd was closed", "[M]"),
-    Rule("fault.binding", ("EIO",), "KVM_RUN", 4, "the page is bound to another slot", "__kvm_gmem_get_pfn [M]"),
+    Rule("fault.no_slot", ("EFAULT",), "KVM_RUN", 2, "private access where no slot is", "kvm_handle_noslot_fault [M]"),
+    Rule("fault.no_gmem", ("EFAULT",), "KVM_RUN", 3, "private access, and the slot has no guest_memfd", "[M]"),
+    Rule("fault.file_gone", ("EFAULT",), "KVM_RUN", 4, "the slot's guest_memfd was closed", "[M]"),
+    Rule("fault.binding", ("EIO",), "KVM_RUN", 5, "the page is bound to another slot", "__kvm_gmem_get_pfn [M]"),
+    # What clients of /dev/kvm ask for besides memory
+    Rule("dirty_log.none", ("ENOENT",), "KVM_GET_DIRTY_LOG", 1, "no such slot, or it is not logged", "[M] [O R83]"),
+    Rule("dirty_log.range", ("EINVAL",), "KVM_CLEAR_DIRTY_LOG", 2, "the frames are not the slot's", "[M]"),
+    Rule("enable_cap.argument", ("EINVAL",), "KVM_ENABLE_CAP", 1, "no such capability to enable, or wrong bits", "[M]"),
+    Rule("irqchip.exists", ("EEXIST",), "KVM_CREATE_IRQCHIP", 1, "the VM has one already", "kvm_arch_vm_ioctl [M]"),
+    Rule("irqchip.late", ("EINVAL",), "KVM_CREATE_IRQCHIP", 2, "there are vCPUs already", "kvm_arch_vm_ioctl [M]"),
+    Rule("irqchip.none", ("ENXIO",), "KVM_GET_IRQCHIP", 1, "the VM has no interrupt controller", "[M]"),
+    Rule("lapic.none", ("EINVAL",), "KVM_GET_LAPIC", 1, "the VM has no interrupt controller", "[M]"),
+    Rule("ioeventfd.argument", ("EINVAL",), "KVM_IOEVENTFD", 1, "length, flags or range are wrong", "eventfd.c [M]"),
+    Rule("ioeventfd.exists", ("EEXIST",), "KVM_IOEVENTFD", 3, "the same is assigned already", "eventfd.c [M]"),
+    Rule("ioeventfd.none", ("ENOENT",), "KVM_IOEVENTFD", 4, "none such is assigned", "eventfd.c [M]"),
+    Rule("coalesced.zone", ("EINVAL",), "KVM_REGISTER_COALESCED_MMIO", 1, "pio is neither 0 nor 1", "[M]"),
+    Rule("interrupt.vector", ("EINVAL",), "KVM_INTERRUPT", 1, "vectors end at 255", "x86.c [M]"),
+    Rule("interrupt.irqchip", ("ENXIO",), "KVM_INTERRUPT", 2, "the controller is in the kernel", "x86.c [M]"),
+    Rule("vcpu.mp_state", ("EINVAL",), "KVM_SET_MP_STATE", 1, "no such state without an irqchip", "x86.c [M]"),
+    Rule("sregs.invalid", ("EINVAL",), "KVM_SET_SREGS", 1, "paging, long mode and CS do not agree", "[M]"),
+    Rule("fpu.invalid", ("EINVAL",), "KVM_SET_FPU", 1, "reserved bits of MXCSR or of the XSAVE header", "[M]"),
+    Rule("xcrs.invalid", ("EINVAL",), "KVM_SET_XCRS", 1, "XCR0 without x87, or with what there is not", "[M]"),
+    Rule("debugregs.invalid", ("EINVAL",), "KVM_SET_DEBUGREGS", 1, "flags, or upper halves of DR6, DR7", "[M]"),
+    Rule("events.invalid", ("EINVAL",), "KVM_SET_VCPU_EVENTS", 1, "no exception has this vector", "[M]"),
+    Rule(
+        "gup_test.argument", ("EINVAL",), "gup_test", 1, "pins are there already, or not aligned", "mm/gup_test.c [F]"
+    ),
     # KVM_PRE_FAULT_MEMORY, populate, vCPUs, identities
     Rule("prefault.flags", ("EINVAL",), _PREFAULT, 2, "flags must be zero", "uapi.md 12 [M] [O G40]"),
     Rule("prefault.unaligned", ("EINVAL",), _PREFAULT, 3, "gpa or size is not page aligned", "[M] [O G42]"),
@@ -138,7 +169,10 @@ _TABLE = (
     Rule("populate.not_gmem", ("EINVAL",), "populate", 2, "the frame is in no guest_memfd slot", "[M]"),
     Rule("populate.interrupted", ("EINTR",), "populate", 3, "a signal came before the first page", "[M]"),
     Rule("populate.shared", ("EINVAL",), "populate", 4, "only private pages are populated", "e4ee54479273 [M]"),
+    Rule("run.interrupted", ("EINTR",), "KVM_RUN", 0, "immediate_exit is set, or a signal is pending", "[M]"),
+    Rule("vcpu.number", ("EINVAL",), "KVM_CREATE_VCPU", 0, "the number is too large", "kvm_vm_ioctl_create_vcpu [M]"),
     Rule("vcpu.exists", ("EEXIST",), "KVM_CREATE_VCPU", 1, "the VM has a vCPU of this number", "[M]"),
+    Rule("create_vm.type", ("EINVAL",), "KVM_CREATE_VM", 0, "no such type of VM", "kvm_is_vm_type_supported [O C14]"),
     Rule("identity.exhausted", ("EBUSY",), "KVM_CREATE_VM", 1, "every ASID or HKID is in use", "sev_asid_new [M]"),
 )
 
