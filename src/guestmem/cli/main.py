@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from guestmem.cli import demo, explain
+from guestmem.cli import demo, explain, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="guest_memfd in user space.")
 app.command("demo")(demo.demo)
 app.command("explain")(explain.explain)
+app.command("run", context_settings={"ignore_unknown_options": False})(run.run)

@@ -1,0 +1,76 @@
+"""`guestmem run`: a KVM program, unchanged, on a software /dev/kvm."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from guestmem.cli.run_report import print_report
+from guestmem.serve import launch
+from guestmem.serve.server import Server
+from guestmem.trace import json_writer, text_writer
+from guestmem.uapi.levels import LEVELS
+
+_NOT_FOUND, _NOT_EXECUTABLE, _CANNOT = 127, 126, 125
+"""Exit codes of env(1) and timeout(1) for what went wrong before the command ran."""
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
+    abi: Annotated[str, typer.Option(help=f"ABI level: {', '.join(LEVELS)}.")] = "future",
+    explain: Annotated[bool, typer.Option("--explain", help="After the run, say what was called and refused.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write every event to this file.")] = None,
+) -> None:
+    """Run a KVM program on a software /dev/kvm with guest_memfd as of an ABI level.
+
+    Its output and exit code are passed through. A program that a signal killed kills this command in the same way.
+    """
+    level = LEVELS.get(abi)
+    if level is None:
+        raise _failure(f"no ABI level {abi!r}; there are {', '.join(LEVELS)}")
+    path = shutil.which(command[0])
+    if path is None:
+        raise _failure(f"{command[0]}: not found", _NOT_FOUND)
+    with ExitStack() as stack:
+        server = launch.make_server(level)
+        if trace is not None:
+            _trace(server, stack.enter_context(trace.open("w")), json=trace.suffix.startswith(".json"))
+        try:
+            status = launch.run(server, [path, *command[1:]])
+        except launch.NoShim:
+            raise _failure("no shim: guestmem was installed without a C compiler, see guestmem doctor") from None
+        except OSError as error:
+            raise _failure(f"{command[0]}: {error.strerror}", _NOT_EXECUTABLE) from error
+    if explain or server.report.bugs:
+        print_report(server.report)
+    _end_as(status)
+
+
+def _trace(server: Server, out: TextIO, json: bool) -> None:
+    writer = json_writer if json else text_writer
+    scheduler = server.scheduler
+    server.host.tracer.listen(writer(out, lambda: scheduler.current.name if scheduler.current else "server"))
+
+
+def _failure(message: str, code: int = _CANNOT) -> typer.Exit:
+    typer.echo(f"guestmem run: {message}", err=True)
+    return typer.Exit(code)
+
+
+def _end_as(status: int) -> None:
+    """Exit with the client's code, or by the signal that killed it."""
+    sys.stdout.flush()
+    if status < 0:
+        number = -status
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        status = 128 + number  # a signal that does not kill us
+    raise typer.Exit(status)

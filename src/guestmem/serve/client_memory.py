@@ -1,0 +1,320 @@
+"""ClientMemory: a client's address space as KVM needs it: pages for memslots, and the arguments of calls.
+
+A memslot points at memory that the client made as it liked. When a vCPU first touches it the server needs the same
+pages in its own address space:
+
+- a mapping of a guest_memfd: the provider gives the page;
+- a shared mapping of a file: the server maps the same file;
+- private memory: the client is asked to put a shared memfd in its place, contents kept (REPLACE), and the server maps
+  that. Nothing of this happens when the slot is made: it may be huge and never be touched.
+
+What is found is remembered as an area until the client says that it unmaps, moves or reprotects the range; before it
+does so, KVM drops what it has mapped of it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from guestmem.memory import PAGE_SIZE, Access, Pfn
+from guestmem.memory.backing import map_window, unmap_window
+from guestmem.sched import Operation, park
+from guestmem.serve import wire
+from guestmem.serve.channel import ClientGone
+from guestmem.serve.gmem_mappings import PROT_READ, PROT_WRITE, GmemArea
+from guestmem.serve.proc_maps import Vma, find_vma, open_mapped_file
+from guestmem.serve.wire import Upcall
+from guestmem.trace import Refusal
+
+if TYPE_CHECKING:
+    from guestmem.serve.client import Client
+
+_REPLACE_HUGETLB, _REPLACE_PRIVATE = 1, 2
+_NO_PFN = Pfn(0)
+"""Page number of memory that is no guest_memfd's: page 0 is nobody's."""
+
+
+class HostPage(NamedTuple):
+    """See kvm.vm.HostPage."""
+
+    pfn: Pfn
+    hva: int
+    window: tuple[int, int]
+    writable: bool
+
+
+class PinnedHostPage(NamedTuple):
+    """A page whose window stays mapped as long as its client lives; nothing to give back."""
+
+    hva: int
+
+    def put(self) -> None:
+        """See the class."""
+
+
+class HostArea:
+    """Bytes `start`..`end` of the client are bytes of `window` here. `owned` is the memfd that we put there."""
+
+    def __init__(self, start: int, end: int, prot: int, window: Window, base: int) -> None:
+        self.start = start
+        self.end = end
+        self.prot = prot
+        self.window = window
+        self.base = base
+
+    def cut(self, start: int, end: int) -> HostArea:
+        return HostArea(start, end, self.prot, self.window, self.base + start - self.start)
+
+
+class Window:
+    """`size` bytes of a file, mapped here at `base`. `fd` is kept for a replaced range, to map it again in a child."""
+
+    def __init__(self, fd: int, offset: int, size: int, keep_fd: bool) -> None:
+        self.size = size
+        try:
+            self.base = map_window(fd, offset, size)
+        except OSError:
+            os.close(fd)
+            raise
+        self.fd = fd
+        if not keep_fd:
+            os.close(fd)
+            self.fd = -1
+
+    def close(self) -> None:
+        unmap_window(self.base, self.size)
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+Area = GmemArea | HostArea
+
+
+class ClientMemory:
+    """The areas of one client that we know, by address; and who is told when they change (`notifiers`, as KVM's)."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.areas: list[Area] = []
+        self.notifiers: list[Any] = []
+        self._windows: list[Window] = []
+        self._adopting = False
+
+    # HostAddressSpace: pages
+
+    async def user_page(self, hva: int, write: bool) -> HostPage:
+        """See kvm.vm.HostAddressSpace. Raises: Refusal EFAULT `user.page`."""
+        area = self.area_at(hva) or await self._adopt(hva)
+        if area is None or not area.prot & (PROT_WRITE if write else PROT_READ | PROT_WRITE):
+            raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write)
+        writable = bool(area.prot & PROT_WRITE)
+        if isinstance(area, HostArea):
+            window = area.window
+            return HostPage(_NO_PFN, area.base + hva - area.start, (window.base, window.size), writable)
+        inode = area.inode
+        async with inode.invalidate_lock.shared:
+            try:
+                page = await inode.fault(area.mappings.registration, area.index_of(hva), Access.SHARED)
+            except Refusal as refusal:
+                raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write) from refusal
+        return HostPage(page.pfn, page.hva, page.window, writable)
+
+    async def pin_page(self, hva: int, write: bool) -> PinnedHostPage:
+        """See kvm.vm.HostAddressSpace. Raises: Refusal EFAULT `user.page`."""
+        return PinnedHostPage((await self.user_page(hva & -PAGE_SIZE, write)).hva)
+
+    # HostAddressSpace: arguments of calls
+
+    async def copy_from_user(self, hva: int, size: int) -> bytes:
+        """What came with the call, or what the calling thread reads for us. Raises: Refusal EFAULT `user.copy`."""
+        call = self.client.server.current_call()
+        if call is not None and (inline := call.argument_bytes(hva, size)) is not None:
+            return inline
+        parts = []
+        for at in range(hva, hva + size, wire.MAX_COPY):
+            count = min(wire.MAX_COPY, hva + size - at)
+            result = await self._upcall(Upcall.READ, hva, size, a=at, b=count)
+            parts.append(result.payload[:count].ljust(count, b"\0"))
+        return b"".join(parts)
+
+    async def copy_to_user(self, hva: int, data: bytes) -> None:
+        """With the answer, or by the calling thread at once. Raises: Refusal EFAULT `user.copy`."""
+        call = self.client.server.current_call()
+        if call is not None and call.put_argument_bytes(hva, data):
+            return
+        for done in range(0, len(data), wire.MAX_COPY):
+            part = data[done : done + wire.MAX_COPY]
+            await self._upcall(Upcall.WRITE, hva, len(data), payload=part, a=hva + done)
+
+    async def _upcall(self, op: Upcall, hva: int, size: int, payload: bytes = b"", a: int = 0, b: int = 0) -> Any:
+        try:
+            result = await self.client.upcall(op, payload, a, b)
+        except ClientGone:
+            raise Refusal(errno.EFAULT, "user.copy", hva=hva, size=size) from None
+        if result.error:
+            raise Refusal(errno.EFAULT, "user.copy", hva=hva, size=size)
+        return result
+
+    # Areas
+
+    def area_at(self, hva: int) -> Area | None:
+        place = bisect.bisect_right(self.areas, hva, key=_start) - 1
+        return self.areas[place] if place >= 0 and hva < self.areas[place].end else None
+
+    def add(self, area: Area) -> None:
+        bisect.insort(self.areas, area, key=_start)
+
+    async def tell_kvm(self, start: int, end: int) -> None:
+        """Addresses are about to lose their pages: KVM drops what it has mapped of them (MMU notifier)."""
+        for kvm in list(self.notifiers):
+            await kvm.invalidate_range_start(start, end)
+            await kvm.invalidate_range_end(start, end)
+
+    async def unmap(self, start: int, end: int) -> list[Area]:
+        """The range is about to be unmapped or replaced; the areas, or parts of areas, that were in it."""
+        await self.tell_kvm(start, end)
+        return self._take(start, end)
+
+    async def protect(self, start: int, end: int, prot: int) -> None:
+        """mprotect(2) of the range."""
+        await self.tell_kvm(start, end)
+        for area in self._take(start, end):
+            area.prot = prot
+            self._attach(area)
+
+    def put_back(self, area: Area) -> None:
+        """An area that `unmap` gave, at a place of its own."""
+        self._attach(area)
+
+    def _take(self, start: int, end: int) -> list[Area]:
+        taken = []
+        for area in [a for a in self.areas if a.start < end and start < a.end]:
+            self.areas.remove(area)
+            if isinstance(area, GmemArea):
+                area.mappings.detach(area)
+            for low, high in ((area.start, start), (end, area.end)):
+                if low < high:
+                    self._attach(area.cut(low, high))
+            taken.append(area.cut(max(area.start, start), min(area.end, end)))
+        return taken
+
+    def _attach(self, area: Area) -> None:
+        self.add(area)
+        if isinstance(area, GmemArea):
+            area.mappings.areas.append(area)
+
+    async def fork_of(self, parent: ClientMemory) -> None:
+        """This process was forked from another: it has the same mappings, and may not have run since.
+
+        A private page is no more its own than its parent's. Memory that was private to the parent before we replaced it
+        is private again here: what the child writes, the parent and its guests do not see.
+        """
+        for area in list(parent.areas):
+            if isinstance(area, GmemArea):
+                twin = GmemArea(self.client, area.mappings, area.start, area.end, area.first, area.prot)
+                self.add(twin)
+                await area.mappings.attach(twin)
+        for host in parent.replaced():
+            size, offset = host.end - host.start, host.base - host.window.base
+            await self.client.upcall(Upcall.PRIVATE, a=host.start, b=size, c=host.prot, d=offset, fds=(host.window.fd,))
+
+    def end(self) -> None:
+        """The client's memory is gone."""
+        for area in self.areas:
+            if isinstance(area, GmemArea):
+                area.mappings.detach(area)
+        self.areas.clear()
+        # Windows stay until no vCPU can have them cached: see `close_windows`.
+
+    def close_windows(self) -> None:
+        """No engine addresses this client's memory any more."""
+        for window in self._windows:
+            window.close()
+        self._windows.clear()
+
+    def replaced(self) -> list[HostArea]:
+        """The areas where we put a memfd of our own in the place of private memory."""
+        return [area for area in self.areas if isinstance(area, HostArea) and area.window.fd >= 0]
+
+    # Adoption
+
+    async def _adopt(self, hva: int) -> Area | None:
+        """Have the memory at `hva` in our own address space. None if the client has none that could be.
+
+        One at a time: two vCPUs that touch the same new memory must end up with the same pages.
+        """
+        await park(Operation("adopt", self.client.name(), lambda: not self._adopting))
+        if (found := self.area_at(hva)) is not None:
+            return found
+        self._adopting = True
+        try:
+            return await self._adopt_alone(hva)
+        finally:
+            self._adopting = False
+
+    async def _adopt_alone(self, hva: int) -> Area | None:
+        vma = find_vma(self.client.pid, hva)
+        if vma is None or not vma.readable:
+            return None
+        start, end = self._bounds(vma, hva)
+        try:
+            area = await (self._share(vma) if vma.shared else self._replace(vma, start, end))
+        except (ClientGone, OSError):
+            return None
+        return area if area is not None and area.start <= hva < area.end else None
+
+    def _bounds(self, vma: Vma, hva: int) -> tuple[int, int]:
+        """The part of a mapping around `hva` that memslots show: the rest of it is none of our business."""
+        start, end = vma.start, vma.end
+        for kvm in self.notifiers:
+            bounds = kvm.hva_range_of_slot(hva)
+            if bounds is not None:
+                start, end = max(start, bounds[0]), min(end, bounds[1])
+        free = [a for a in self.areas if a.start < end and start < a.end]
+        start = max([start, *(a.end for a in free if a.end <= hva)])
+        end = min([end, *(a.start for a in free if a.start > hva)])
+        if vma.hugetlb:
+            size = 2 << 20
+            start, end = max(vma.start, start & -size), min(vma.end, -(-end // size) * size)
+        return start, end
+
+    async def _share(self, vma: Vma) -> Area | None:
+        """Map the file that the client has mapped."""
+        fd = open_mapped_file(self.client.pid, vma)
+        if fd is None:
+            return await self._replace(vma, vma.start, vma.end)
+        window = Window(fd, vma.offset, vma.end - vma.start, keep_fd=False)
+        await self.client.upcall(Upcall.WATCH, a=vma.start, b=vma.end - vma.start)
+        return self._adopted(vma, vma.start, vma.end, window)
+
+    async def _replace(self, vma: Vma, start: int, end: int) -> Area | None:
+        """Have the client put a memfd in the place of its private pages, and map that."""
+        fd = os.memfd_create("guestmem:slot", os.MFD_CLOEXEC)
+        os.ftruncate(fd, end - start)
+        window = Window(fd, 0, end - start, keep_fd=True)
+        prot = PROT_READ | (PROT_WRITE if vma.writable else 0)
+        flags = (_REPLACE_HUGETLB if vma.hugetlb else 0) | _REPLACE_PRIVATE
+        try:
+            result = await self.client.upcall(Upcall.REPLACE, a=start, b=end - start, c=prot, d=flags, fds=(fd,))
+        except ClientGone:
+            window.close()
+            raise
+        if result.error:
+            window.close()
+            return None
+        return self._adopted(vma, start, end, window)
+
+    def _adopted(self, vma: Vma, start: int, end: int, window: Window) -> HostArea:
+        self._windows.append(window)
+        self._take(start, end)
+        prot = PROT_READ | (PROT_WRITE if vma.writable else 0)
+        area = HostArea(start, end, prot, window, window.base)
+        self.add(area)
+        return area
+
+
+def _start(area: Area) -> int:
+    return area.start

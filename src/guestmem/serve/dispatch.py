@@ -1,0 +1,61 @@
+"""ioctls: from a request number to the function that does it, one table for each kind of file.
+
+Every handler takes the call and the ioctl's argument (a number or a user address) and returns the ioctl's value. What
+is not in a table is ENOTTY on a VM or a guest_memfd and EINVAL on a vCPU and /dev/kvm, as in the kernel, and is listed
+in the report.
+
+Source: virt/kvm/kvm_main.c kvm_dev_ioctl, kvm_vm_ioctl, kvm_vcpu_ioctl; golden_6_18.md rows K1 to K13, G44.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias
+
+from guestmem.kvm.ioctl import gmem_ioctl
+from guestmem.serve import system_ioctls, vcpu_ioctls, vm_ioctls
+from guestmem.serve.call import Call
+from guestmem.serve.files import GmemFile, KvmDevice, VcpuFile, VmFile
+from guestmem.serve.gup_test import GupTest
+from guestmem.trace import Refusal
+
+IoctlHandler: TypeAlias = Callable[[Call, int], Awaitable[int]]
+Table: TypeAlias = Mapping[int, IoctlHandler]
+
+_UNKNOWN = {"/dev/kvm": errno.EINVAL, "VM": errno.ENOTTY, "vCPU": errno.EINVAL}
+
+
+async def ioctl(call: Call) -> int:
+    """The wire's IOCTL. Raises: Refusal `ioctl.unknown`, `ioctl.other_mm`; what the handler refuses."""
+    request, argument = call.request.a & 0xFFFF_FFFF, call.request.b
+    call.begin_ioctl(request >> 16 & 0x3FFF, request >> 30)
+    file = call.file
+    match file:
+        case KvmDevice():
+            return await _look_up(system_ioctls.TABLE, request, "/dev/kvm")(call, argument)
+        case VmFile():
+            _check_owner(call, file.kvm.number)
+            return await _look_up(vm_ioctls.TABLE, request, "VM")(call, argument)
+        case VcpuFile():
+            _check_owner(call, file.vcpu.kvm.number)
+            return await _look_up(vcpu_ioctls.TABLE, request, "vCPU")(call, argument)
+        case GmemFile():
+            return await gmem_ioctl(call.client.memory, file.file, request, argument)
+        case GupTest():
+            return await file.ioctl(call, request, argument)
+        case _:
+            raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="other file")
+
+
+def _look_up(table: Table, request: int, on: str) -> IoctlHandler:
+    handler = table.get(request)
+    if handler is None:
+        raise Refusal(_UNKNOWN[on], "ioctl.unknown", request=request, on=on)
+    return handler
+
+
+def _check_owner(call: Call, vm: int) -> None:
+    """A VM and its vCPUs belong to the address space that made them."""
+    if call.file is None or call.file.owner is not call.client:
+        raise Refusal(errno.EIO, "ioctl.other_mm", vm=vm)

@@ -1,0 +1,165 @@
+"""What client descriptors refer to, by inode number: tokens for /dev/kvm, VMs and vCPUs, and guest_memfds.
+
+A token is one end of a socket pair. When its last descriptor in any process is closed the other end, here, reads
+end-of-file. A guest_memfd is a memfd opened a second time; inotify tells when that second open file is gone, its
+mappings included. Either way the moment is the kernel's own, and the release runs then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from guestmem.kvm.vcpu import Vcpu
+from guestmem.kvm.vm import Kvm
+from guestmem.memory import File, MemfdBacking
+from guestmem.serve.gmem_mappings import GmemMappings
+from guestmem.serve.kvm_run import CoalescedRing, KvmRun
+from guestmem.serve.wire import FileKind
+
+if TYPE_CHECKING:
+    from guestmem.serve.client import Client
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_IN_CLOSE_WRITE, _IN_CLOSE_NOWRITE = 0x8, 0x10
+_EVENT = struct.Struct("iIII")
+
+
+class ServedFile:
+    """An open file of a client. `owner` is the client that made it; None for files that belong to nobody."""
+
+    kind = FileKind.KVM
+
+    def __init__(self, owner: Client | None) -> None:
+        self.owner = owner
+        self.inode_number = 0
+
+    async def release(self) -> None:
+        """The last descriptor is gone."""
+
+
+class KvmDevice(ServedFile):
+    """/dev/kvm."""
+
+
+class VmFile(ServedFile):
+    """A VM."""
+
+    kind = FileKind.VM
+
+    def __init__(self, owner: Client, kvm: Kvm) -> None:
+        super().__init__(owner)
+        self.kvm = kvm
+        self.ring = CoalescedRing()
+        kvm.get()
+
+    async def release(self) -> None:
+        await self.kvm.put()
+
+
+class VcpuFile(ServedFile):
+    """A vCPU and the memory that it shares with its VMM."""
+
+    kind = FileKind.VCPU
+
+    def __init__(self, owner: Client, vcpu: Vcpu) -> None:
+        super().__init__(owner)
+        self.vcpu = vcpu
+        self.run = KvmRun()
+        vcpu.get()
+
+    async def release(self) -> None:
+        await self.vcpu.put()
+        self.run.close()
+
+
+class GmemFile(ServedFile):
+    """A guest_memfd. `mappings` are those of all clients."""
+
+    kind = FileKind.GMEM
+
+    def __init__(self, owner: Client, file: File) -> None:
+        super().__init__(owner)
+        assert isinstance(file.inode.backing, MemfdBacking)
+        self.file = file
+        self.mappings = GmemMappings(file.inode, file.inode.backing.fd)
+        file.get()
+
+    async def release(self) -> None:
+        """A mapping that is left belongs to a client that has ended, or a descriptor would be left too."""
+        for area in list(self.mappings.areas):
+            await area.client.memory.unmap(area.start, area.end)
+        await self.mappings.registration.unregister()
+        await self.file.put()
+
+
+class Files:
+    """The open files of all clients."""
+
+    def __init__(self) -> None:
+        self.by_inode: dict[int, ServedFile] = {}
+        self.inotify = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.inotify < 0:
+            raise OSError(ctypes.get_errno(), "inotify_init1")
+        self._watched: dict[int, GmemFile] = {}
+        self.gmem_device = _memfd_device()
+        """st_dev of every memfd, and so of every guest_memfd."""
+
+    def get(self, inode: int) -> ServedFile | None:
+        return self.by_inode.get(inode)
+
+    def add_token(self, file: ServedFile) -> tuple[socket.socket, int]:
+        """Make the token of a file: our end, and the client's, which is a descriptor to be given away."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._add(file, theirs.fileno())
+        return ours, theirs.detach()
+
+    def add_gmem(self, file: GmemFile) -> int:
+        """Open a guest_memfd for a client: a descriptor to be given away."""
+        backing = file.mappings.backing_fd
+        path = f"/proc/self/fd/{backing}"
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        watch = _libc.inotify_add_watch(self.inotify, path.encode(), _IN_CLOSE_WRITE | _IN_CLOSE_NOWRITE)
+        if watch < 0:
+            os.close(fd)
+            raise OSError(ctypes.get_errno(), "inotify_add_watch")
+        self._watched[watch] = file
+        self._add(file, fd)
+        return fd
+
+    def remove(self, file: ServedFile) -> None:
+        self.by_inode.pop(file.inode_number, None)
+
+    def closed_gmems(self) -> list[GmemFile]:
+        """The guest_memfds whose last descriptor has been closed since the last call."""
+        closed = []
+        try:
+            events = os.read(self.inotify, 64 << 10)
+        except BlockingIOError:
+            return []
+        while events:
+            watch, _, _, length = _EVENT.unpack_from(events)
+            events = events[_EVENT.size + length :]
+            file = self._watched.pop(watch, None)
+            if file is not None:
+                _libc.inotify_rm_watch(self.inotify, watch)
+                closed.append(file)
+        return closed
+
+    def close(self) -> None:
+        os.close(self.inotify)
+
+    def _add(self, file: ServedFile, fd: int) -> None:
+        file.inode_number = os.fstat(fd).st_ino
+        self.by_inode[file.inode_number] = file
+
+
+def _memfd_device() -> int:
+    fd = os.memfd_create("guestmem:probe", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)

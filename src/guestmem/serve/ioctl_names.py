@@ -1,0 +1,18 @@
+"""Names of ioctl numbers, for the reader."""
+
+from __future__ import annotations
+
+from guestmem.serve import gup_test
+from guestmem.uapi import kvm
+
+_NAMES = {
+    value: name
+    for module in (kvm, gup_test)
+    for name, value in vars(module).items()
+    if isinstance(value, int) and name.startswith(("KVM_", "PIN_")) and (value >> 8 & 0xFF) in (kvm.KVMIO, ord("g"))
+}
+
+
+def ioctl_name(request: int) -> str:
+    """KVM_RUN for 0xae80; the number itself where it has no name here."""
+    return _NAMES.get(request, f"ioctl {request:#x}")

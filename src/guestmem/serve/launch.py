@@ -1,0 +1,82 @@
+"""Run a client program under the server, and end as it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from guestmem.host import Host
+from guestmem.native import shim_path
+from guestmem.serve.report import Report
+from guestmem.serve.requests import HANDLERS
+from guestmem.serve.server import Server
+from guestmem.uapi.levels import AbiLevel
+
+SOCKET_VARIABLE = "GUESTMEM_SOCKET"
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+
+
+class NoShim(Exception):
+    """The native part was not built: no compiler was there at installation."""
+
+
+def make_server(level: AbiLevel) -> Server:
+    """A host of its own with a server for it. Page numbers are not scarce: the memory is the machine's own."""
+    return Server(Host(level=level, memory=1 << 52), HANDLERS, Report())
+
+
+def run(server: Server, command: Sequence[str]) -> int:
+    """Run `command` and serve it, and what it starts, until all have ended. The wait status as subprocess has it:
+    an exit code, or minus the signal that killed it.
+
+    Raises: NoShim; OSError if the command cannot be started.
+    """
+    shim = shim_path()
+    if shim is None:
+        raise NoShim
+    with tempfile.TemporaryDirectory(prefix="guestmem-") as directory:
+        path = os.path.join(directory, "socket")
+        server.listen(path)
+        client = _start(command, path, shim)
+        try:
+            return _serve(server, client)
+        finally:
+            server.close()
+
+
+def _start(command: Sequence[str], socket_path: str, shim: Path) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    preloaded = [str(shim), *filter(None, [environment.get("LD_PRELOAD")])]
+    environment["LD_PRELOAD"] = ":".join(preloaded)
+    environment[SOCKET_VARIABLE] = socket_path
+    return subprocess.Popen(list(command), env=environment)
+
+
+def _serve(server: Server, client: subprocess.Popen[bytes]) -> int:
+    """The client has the terminal: an interrupt from the keyboard is its business, and a termination is passed on."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    others = {number: signal.signal(number, lambda number, _: client.send_signal(number)) for number in _FORWARDED}
+    pidfd = os.pidfd_open(client.pid)
+    ended = False
+
+    def on_end() -> None:
+        nonlocal ended
+        ended = True
+        server.unwatch(pidfd)
+
+    server.watch(pidfd, on_end)
+    try:
+        server.run(until=lambda: ended and not server.busy)
+        return client.wait()
+    finally:
+        os.close(pidfd)
+        signal.signal(signal.SIGINT, former)
+        for number, handler in others.items():
+            signal.signal(number, handler)
+        if client.poll() is None:
+            client.kill()
+            client.wait()

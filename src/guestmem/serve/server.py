@@ -1,0 +1,260 @@
+"""Server: the loop. Everything that happens to clients comes in here; everything they ask for runs as a task.
+
+One thread. It alternates between the scheduler, which lets one ready task run to its next wait, and the kernel, which
+says what has arrived. A vCPU gives way after each slice of about a millisecond, so nobody waits longer than that for
+each vCPU that runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+from guestmem.host import Host
+from guestmem.sched import Operation, Task, park
+from guestmem.serve.call import Call
+from guestmem.serve.channel import Channel, close_all, peer_pid
+from guestmem.serve.client import Client
+from guestmem.serve.files import Files, ServedFile
+from guestmem.serve.report import Report
+from guestmem.serve.wire import HELLO_FORKED, HELLO_HELPER, VERSION, Op, Request, pack_answer
+from guestmem.trace import Refusal
+
+Handler: TypeAlias = Callable[[Call], Awaitable[int]]
+
+
+class Server:
+    """Serves one host to any number of clients. `handlers` is the table of requests, by op."""
+
+    def __init__(self, host: Host, handlers: dict[int, Handler], report: Report) -> None:
+        self.host = host
+        self.scheduler = host.scheduler
+        self.report = report
+        self.files = Files()
+        self.clients: dict[int, Client] = {}  # by number
+        self.releases = 0
+        self._handlers = handlers
+        self._calls: dict[Task[Any], Call] = {}
+        self._poll = select.epoll()
+        self._ready: dict[int, Callable[[], None]] = {}
+        self._listener: socket.socket | None = None
+        self.vms_created = 0
+        self._tokens: set[int] = set()
+        self._next_client = 1
+        self.scheduler.spawn(_never(), "event loop")
+        self.watch(self.files.inotify, self._gmems_closed)
+
+    # The loop
+
+    def listen(self, path: str) -> None:
+        """Take connections at a socket path. Raises: OSError."""
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.setblocking(False)
+        self._listener.bind(path)
+        self._listener.listen(128)
+        self.watch(self._listener.fileno(), self._accept)
+
+    def watch(self, fd: int, on_ready: Callable[[], None]) -> None:
+        """Call `on_ready` when `fd` can be read or has ended."""
+        self._ready[fd] = on_ready
+        self._poll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        del self._ready[fd]
+        self._poll.unregister(fd)
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Serve until `until()` is true, which is asked after every event."""
+        step, poll, ready = self.scheduler.step, self._poll.poll, self._ready
+        while not until():
+            timeout = 0 if step() else None
+            for fd, _ in poll(timeout):
+                on_ready = ready.get(fd)
+                if on_ready is not None:
+                    on_ready()
+
+    def close(self) -> None:
+        """Kill what is under way and let go of every client."""
+        for client in self.clients.values():
+            client.end()
+        self.scheduler.close()
+        for file in list(self.files.by_inode.values()):
+            self.files.remove(file)
+            self.scheduler.run(file.release(), "release")
+        for client in self.clients.values():
+            client.memory.close_windows()
+        if self._listener is not None:
+            self._listener.close()
+        self._poll.close()
+        self.files.close()
+        self.host.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether some client is connected or has a file open."""
+        return bool(self.files.by_inode) or any(client.channels for client in self.clients.values())
+
+    # Tasks
+
+    def current_call(self) -> Call | None:
+        """The call that the running task works on."""
+        return self._calls.get(self.scheduler.current) if self.scheduler.current is not None else None
+
+    def _begin(self, call: Call, handler: Handler) -> None:
+        self.scheduler.begin(self._serve(call, handler), "call")
+
+    async def _serve(self, call: Call, handler: Handler) -> None:
+        task = self.scheduler.current
+        assert task is not None
+        self._calls[task] = call
+        call.channel.task = task
+        self.report.called(call)
+        error = 0
+        try:
+            value = await handler(call)
+        except Refusal as refusal:
+            error = refusal.errno or errno.EIO
+            self.report.refused(call, refusal)
+        except Exception as bug:  # must not take the other clients along
+            error = errno.EIO
+            self.report.failed(call, bug)
+        finally:
+            call.channel.task = None
+            del self._calls[task]
+        if error:
+            call.refuse(error)
+        else:
+            call.answer(value)
+
+    # Clients
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return  # it went away before we came
+        channel = Channel(sock, self._on_request)
+        self.watch(sock.fileno(), lambda: self._on_readable(channel))
+
+    def _on_readable(self, channel: Channel) -> None:
+        if not channel.receive():
+            self._on_closed(channel)
+
+    def _on_closed(self, channel: Channel) -> None:
+        self.unwatch(channel.sock.fileno())
+        channel.close()
+        client = channel.client
+        if client is None:
+            return
+        client.channels.discard(channel)
+        if channel is client.helper or not _lives(client.pid):
+            client.end()
+
+    def _on_request(self, channel: Channel, request: Request, fds: list[int]) -> None:
+        if request.op == Op.HELLO:
+            self._hello(channel, request, fds)
+            return
+        client, handler = channel.client, self._handlers.get(request.op)
+        if client is None or handler is None or channel.task is not None:
+            channel.answer(pack_answer(-1, errno.EPROTO), [])
+        else:
+            if request.op == Op.SYNC:
+                self._notice_releases()
+            if request.op == Op.GUARD and fds:
+                client.use_userfaultfd(fds.pop(0))
+            file = self.files.get(request.file) if request.file else None
+            self._begin(Call(self, channel, client, request, file), handler)
+        close_all(fds)
+
+    def _hello(self, channel: Channel, request: Request, fds: list[int]) -> None:
+        """A thread introduces itself, with the number of its client if it has been given one."""
+        pid = peer_pid(channel.sock)
+        if request.a != VERSION:
+            channel.answer(pack_answer(-1, errno.EPROTO), [])
+            close_all(fds)
+            return
+        client = self.clients.get(request.c)
+        if client is None or not client.alive or client.pid != pid:
+            client = self._new_client(pid)
+        channel.client = client
+        client.channels.add(channel)
+        if request.flags & HELLO_HELPER:
+            client.helper = channel
+        if fds:
+            client.use_userfaultfd(fds.pop(0))
+        close_all(fds)
+        self._begin(Call(self, channel, client, request, None), self._welcome)
+
+    def _new_client(self, pid: int) -> Client:
+        """A process that we have not seen, or one whose memory is new since: it has called exec."""
+        for former in [client for client in self.clients.values() if client.pid == pid]:
+            former.end()
+        client = Client(self, self._next_client, pid)
+        self._next_client += 1
+        self.clients[client.number] = client
+        self.report.client(client)
+        return client
+
+    async def _welcome(self, call: Call) -> int:
+        request = call.request
+        parent = self.clients.get(request.b)
+        if request.flags & HELLO_FORKED and parent is not None and parent is not call.client:
+            await call.client.memory.fork_of(parent.memory)
+        call.a = self.files.gmem_device
+        call.b = os.getpid()
+        return call.client.number
+
+    # Releases
+
+    def add_token(self, file: ServedFile) -> int:
+        """A new open file for a client; the descriptor to give away."""
+        ours, theirs = self.files.add_token(file)
+
+        def closed() -> None:
+            self.unwatch(ours.fileno())
+            self._tokens.discard(ours.fileno())
+            ours.close()
+            self._release(file)
+
+        self._tokens.add(ours.fileno())
+        self.watch(ours.fileno(), closed)
+        return theirs
+
+    def _gmems_closed(self) -> None:
+        for file in self.files.closed_gmems():
+            self._release(file)
+
+    def _release(self, file: ServedFile) -> None:
+        self.files.remove(file)
+        self.releases += 1
+        self.scheduler.begin(self._run_release(file), "release")
+
+    async def _run_release(self, file: ServedFile) -> None:
+        try:
+            await file.release()
+        finally:
+            self.releases -= 1
+
+    def _notice_releases(self) -> None:
+        """Take note of the descriptors that have been closed up to now."""
+        for fd, _ in self._poll.poll(0):
+            if fd in self._tokens or fd == self.files.inotify:
+                self._ready[fd]()
+
+    async def sync(self) -> None:
+        """Wait until every release that has been noticed is done."""
+        await park(Operation("sync", "releases", lambda: not self.releases))
+
+
+async def _never() -> None:
+    """Parked for ever, so that a running vCPU always finds somebody to give way to: the loop."""
+    await park(Operation("wait", "events", lambda: False))
+
+
+def _lives(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")

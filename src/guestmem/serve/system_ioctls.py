@@ -1,0 +1,97 @@
+"""ioctls of /dev/kvm: what there is, and KVM_CREATE_VM.
+
+Source: virt/kvm/kvm_main.c kvm_dev_ioctl; arch/x86/kvm/x86.c kvm_arch_dev_ioctl; spec/uapi.md section 5.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+from guestmem.cpu.cpuid import DEFAULT_CPUID
+from guestmem.cpu.msrs import SAVED
+from guestmem.kvm.vm import Kvm
+from guestmem.serve import capabilities, kvm_run
+from guestmem.serve.call import Call
+from guestmem.serve.cpuid_list import write_cpuid
+from guestmem.serve.files import VmFile
+from guestmem.trace import Refusal
+from guestmem.uapi import kvm as uapi
+from guestmem.uapi.kvm import VmType
+
+API_VERSION = 12
+
+
+async def _get_api_version(call: Call, argument: int) -> int:
+    if argument:
+        raise Refusal(errno.EINVAL, "ioctl.argument", argument=argument)
+    return API_VERSION
+
+
+async def _create_vm(call: Call, vm_type: int) -> int:
+    """Raises: Refusal EINVAL `create_vm.type`; EBUSY `identity.exhausted`."""
+    host = call.server.host
+    if vm_type > 31 or not capabilities.vm_types(host.level) >> vm_type & 1:
+        raise Refusal(errno.EINVAL, "create_vm.type", type=vm_type)
+    call.server.vms_created += 1
+    kvm = Kvm(host.environment, call.server.vms_created, VmType(vm_type), host.level, call.client.memory)
+    return call.give(call.server.add_token(VmFile(call.client, kvm)))
+
+
+async def _check_extension(call: Call, number: int) -> int:
+    return capabilities.check_extension(call.server.host.level, None, number)
+
+
+async def _get_vcpu_mmap_size(call: Call, argument: int) -> int:
+    if argument:
+        raise Refusal(errno.EINVAL, "ioctl.argument", argument=argument)
+    return kvm_run.SIZE
+
+
+async def _get_supported_cpuid(call: Call, argument: int) -> int:
+    await write_cpuid(call, argument, DEFAULT_CPUID)
+    return 0
+
+
+async def _get_emulated_cpuid(call: Call, argument: int) -> int:
+    await write_cpuid(call, argument, {})
+    return 0
+
+
+async def _get_msr_index_list(call: Call, argument: int) -> int:
+    await _write_list(call, argument, SAVED)
+    return 0
+
+
+async def _get_msr_feature_index_list(call: Call, argument: int) -> int:
+    await _write_list(call, argument, ())
+    return 0
+
+
+async def _get_feature_msrs(call: Call, argument: int) -> int:
+    """There is no feature MSR: none is read."""
+    await call.client.memory.copy_from_user(argument, 8)
+    return 0
+
+
+async def _write_list(call: Call, argument: int, numbers: tuple[int, ...]) -> None:
+    """struct kvm_msr_list. Raises: Refusal E2BIG `list.too_small`, with the count that is needed written."""
+    memory = call.client.memory
+    (room,) = struct.unpack("<I", await memory.copy_from_user(argument, 4))
+    await memory.copy_to_user(argument, struct.pack("<I", len(numbers)))
+    if room < len(numbers):
+        raise Refusal(errno.E2BIG, "list.too_small", room=room, needed=len(numbers))
+    await memory.copy_to_user(argument + 4, struct.pack(f"<{len(numbers)}I", *numbers))
+
+
+TABLE = {
+    uapi.KVM_GET_API_VERSION: _get_api_version,
+    uapi.KVM_CREATE_VM: _create_vm,
+    uapi.KVM_CHECK_EXTENSION: _check_extension,
+    uapi.KVM_GET_VCPU_MMAP_SIZE: _get_vcpu_mmap_size,
+    uapi.KVM_GET_SUPPORTED_CPUID: _get_supported_cpuid,
+    uapi.KVM_GET_EMULATED_CPUID: _get_emulated_cpuid,
+    uapi.KVM_GET_MSR_INDEX_LIST: _get_msr_index_list,
+    uapi.KVM_GET_MSR_FEATURE_INDEX_LIST: _get_msr_feature_index_list,
+    uapi.KVM_GET_MSRS: _get_feature_msrs,
+}

@@ -1,0 +1,220 @@
+"""Register state of a vCPU in the structures of the KVM interface (arch/x86/include/uapi/asm/kvm.h).
+
+Each pair converts between bytes and what the engine has; a value that the CPU would refuse is EINVAL.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import cast
+
+from guestmem.cpu.engine import CpuState
+from guestmem.cpu.registers import DebugRegisters, DescriptorTable, Events, Regs, Segment, Sregs
+from guestmem.kvm.vcpu import Vcpu
+from guestmem.serve.kvm_run import KvmRun
+from guestmem.trace import Refusal
+
+_REGS = struct.Struct("<18Q")
+_SEGMENT = struct.Struct("<QIH9Bx")
+_TABLE = struct.Struct("<QH6x")
+_CONTROL = struct.Struct("<7Q32x")
+_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+_DEBUG = struct.Struct("<4QQQQ72x")
+_EVENTS = struct.Struct("<4BI4B3BxII4BB26xBQ")
+_XCRS = struct.Struct("<II")
+_XCR = struct.Struct("<IIQ")
+_LAPIC_SIZE = 1024
+
+_CR0_PG, _CR4_PAE, _EFER_LME, _EFER_LMA = 1 << 31, 1 << 5, 1 << 8, 1 << 10
+_IF = 9
+_VALID_PAYLOAD = 1 << 5
+_VALID_SHADOW, _VALID_NMI_PENDING = 1 << 2, 1 << 0
+
+
+def cpu(vcpu: Vcpu) -> CpuState:
+    """The engine of a vCPU that is served is a real CPU, whose whole state can be had."""
+    return cast(CpuState, vcpu.engine)
+
+
+def write_run_state(run: KvmRun, vcpu: Vcpu) -> None:
+    """What every exit says of the vCPU besides its reason."""
+    state = cpu(vcpu)
+    run.write_state(state.ready_for_interrupt_injection, bool(vcpu.engine.get_regs().rflags >> _IF & 1))
+
+
+def get_regs(vcpu: Vcpu) -> bytes:
+    r = vcpu.engine.get_regs()
+    return _REGS.pack(
+        r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rsp, r.rbp,
+        r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rip, r.rflags,
+    )  # fmt: skip
+
+
+def set_regs(vcpu: Vcpu, data: bytes) -> None:
+    regs = Regs(*_REGS.unpack(data))
+    regs.rflags |= 2
+    vcpu.engine.set_regs(regs)
+
+
+def get_sregs(vcpu: Vcpu) -> bytes:
+    s = vcpu.engine.get_sregs()
+    segments = b"".join(_pack_segment(getattr(s, name)) for name in _SEGMENTS)
+    tables = _TABLE.pack(s.gdt.base, s.gdt.limit & 0xFFFF) + _TABLE.pack(s.idt.base, s.idt.limit & 0xFFFF)
+    return segments + tables + _CONTROL.pack(s.cr0, s.cr2, s.cr3, s.cr4, s.cr8, s.efer, s.apic_base)
+
+
+def set_sregs(vcpu: Vcpu, data: bytes) -> None:
+    """Raises: Refusal EINVAL `sregs.invalid`. Source: kvm_is_valid_sregs()."""
+    segments = {name: _unpack_segment(data, place * _SEGMENT.size) for place, name in enumerate(_SEGMENTS)}
+    at = len(_SEGMENTS) * _SEGMENT.size
+    gdt, idt = (DescriptorTable(*_TABLE.unpack_from(data, at + place * _TABLE.size)) for place in (0, 1))
+    cr0, cr2, cr3, cr4, cr8, efer, apic_base = _CONTROL.unpack_from(data, at + 2 * _TABLE.size)
+    cs = segments["cs"]
+    if cr0 & _CR0_PG and efer & _EFER_LME:
+        valid = bool(cr4 & _CR4_PAE and efer & _EFER_LMA)
+    else:
+        valid = not (efer & _EFER_LMA or cs.l)
+    if not valid:
+        raise Refusal(errno.EINVAL, "sregs.invalid", cr0=cr0, cr4=cr4, efer=efer, cs_l=cs.l)
+    vcpu.engine.set_sregs(Sregs(**segments, gdt=gdt, idt=idt, cr0=cr0, cr2=cr2, cr3=cr3, cr4=cr4, cr8=cr8, efer=efer,
+                                apic_base=apic_base))  # fmt: skip
+
+
+def _pack_segment(s: Segment) -> bytes:
+    return _SEGMENT.pack(
+        s.base, s.limit & 0xFFFF_FFFF, s.selector, s.type, s.present, s.dpl, s.db, s.s, s.l, s.g, s.avl, s.unusable
+    )
+
+
+def _unpack_segment(data: bytes, at: int) -> Segment:
+    base, limit, selector, *bits = _SEGMENT.unpack_from(data, at)
+    type_, present, dpl, db, s, l, g, avl, unusable = bits  # noqa: E741 - the field's name
+    return Segment(base, limit, selector, type_, present, dpl, db, s, l, g, avl, unusable)
+
+
+# Floating point. The engine has the FXSAVE image, in which struct kvm_fpu has another order.
+
+
+def get_fpu(vcpu: Vcpu) -> bytes:
+    image = cpu(vcpu).get_fpu()
+    fcw, fsw, ftw, fop = struct.unpack_from("<HHBxH", image, 0)
+    fip, fdp, mxcsr = struct.unpack_from("<QQI", image, 8)
+    head = image[32:160] + struct.pack("<HHBBHQQ", fcw, fsw, ftw, 0, fop, fip, fdp)
+    return head + image[160:416] + struct.pack("<II", mxcsr, 0)
+
+
+def set_fpu(vcpu: Vcpu, data: bytes) -> None:
+    """Raises: Refusal EINVAL `fpu.invalid`."""
+    fcw, fsw, ftw, _, fop, fip, fdp = struct.unpack_from("<HHBBHQQ", data, 128)
+    (mxcsr,) = struct.unpack_from("<I", data, 408)
+    image = bytearray(cpu(vcpu).get_fpu())
+    struct.pack_into("<HHBxH", image, 0, fcw, fsw, ftw, fop)
+    struct.pack_into("<QQI", image, 8, fip, fdp, mxcsr)
+    image[32:160] = data[:128]
+    image[160:416] = data[152:408]
+    try:
+        cpu(vcpu).set_fpu(bytes(image))
+    except ValueError as error:
+        raise Refusal(errno.EINVAL, "fpu.invalid", mxcsr=mxcsr) from error
+
+
+def get_xsave(vcpu: Vcpu) -> bytes:
+    return cpu(vcpu).get_xsave().ljust(4096, b"\0")
+
+
+def set_xsave(vcpu: Vcpu, data: bytes) -> None:
+    """Raises: Refusal EINVAL `fpu.invalid`."""
+    try:
+        cpu(vcpu).set_xsave(data)
+    except ValueError as error:
+        raise Refusal(errno.EINVAL, "fpu.invalid", why=str(error)) from error
+
+
+def get_xcrs(vcpu: Vcpu) -> bytes:
+    return (_XCRS.pack(1, 0) + _XCR.pack(0, 0, cpu(vcpu).get_xcr0())).ljust(392, b"\0")
+
+
+def set_xcrs(vcpu: Vcpu, data: bytes) -> None:
+    """Raises: Refusal EINVAL `xcrs.invalid`. Source: kvm_vcpu_ioctl_x86_set_xcrs."""
+    count, flags = _XCRS.unpack_from(data)
+    if count > 16 or flags:
+        raise Refusal(errno.EINVAL, "xcrs.invalid", count=count, flags=flags)
+    for place in range(count):
+        number, _, value = _XCR.unpack_from(data, _XCRS.size + place * _XCR.size)
+        if number == 0:
+            try:
+                cpu(vcpu).set_xcr0(value)
+            except ValueError as error:
+                raise Refusal(errno.EINVAL, "xcrs.invalid", value=value) from error
+            return
+
+
+# Debug registers, events, local APIC
+
+
+def get_debugregs(vcpu: Vcpu) -> bytes:
+    registers = cpu(vcpu).get_debug_registers()
+    return _DEBUG.pack(*registers.db, registers.dr6, registers.dr7, 0)
+
+
+def set_debugregs(vcpu: Vcpu, data: bytes) -> None:
+    """Raises: Refusal EINVAL `debugregs.invalid`."""
+    *db, dr6, dr7, flags = _DEBUG.unpack(data)
+    if flags:
+        raise Refusal(errno.EINVAL, "debugregs.invalid", flags=flags)
+    registers = DebugRegisters((db[0], db[1], db[2], db[3]), dr6, dr7)
+    try:
+        cpu(vcpu).set_debug_registers(registers)
+    except ValueError as error:
+        raise Refusal(errno.EINVAL, "debugregs.invalid", dr6=dr6, dr7=dr7) from error
+
+
+def get_events(vcpu: Vcpu) -> bytes:
+    e = cpu(vcpu).get_events()
+    return _EVENTS.pack(
+        e.exception_injected, e.exception_nr, e.exception_error_code is not None, e.exception_pending,
+        e.exception_error_code or 0,
+        e.interrupt_injected, e.interrupt_nr, e.interrupt_soft, e.interrupt_shadow,
+        e.nmi_injected, e.nmi_pending, e.nmi_masked,
+        0, _VALID_NMI_PENDING | _VALID_SHADOW, 0, 0, 0, 0, 0, 0, 0,
+    )  # fmt: skip
+
+
+def set_events(vcpu: Vcpu, data: bytes) -> None:
+    """Raises: Refusal EINVAL `events.invalid`. Source: kvm_vcpu_ioctl_x86_set_vcpu_events."""
+    (
+        injected, nr, has_code, pending, code, irq, irq_nr, soft, shadow, nmi, nmi_pending, nmi_masked,
+        _sipi, flags, *_smi, has_payload, payload,
+    ) = _EVENTS.unpack(data)  # fmt: skip
+    if (injected or pending) and (nr > 31 or nr == 2):
+        raise Refusal(errno.EINVAL, "events.invalid", exception=nr)
+    old = cpu(vcpu).get_events()
+    events = Events(
+        exception_injected=bool(injected),
+        exception_pending=bool(pending) and bool(flags & _VALID_PAYLOAD),
+        exception_nr=nr,
+        exception_error_code=code if has_code else None,
+        exception_payload=payload if has_payload else None,
+        interrupt_injected=bool(irq),
+        interrupt_nr=irq_nr,
+        interrupt_soft=bool(soft),
+        interrupt_shadow=shadow if flags & _VALID_SHADOW else old.interrupt_shadow,
+        nmi_injected=bool(nmi),
+        nmi_pending=bool(nmi_pending) if flags & _VALID_NMI_PENDING else old.nmi_pending,
+        nmi_masked=bool(nmi_masked),
+    )
+    cpu(vcpu).set_events(events)
+
+
+def get_lapic(vcpu: Vcpu) -> bytes:
+    """The registers as last set: no APIC is emulated. Raises: Refusal EINVAL `lapic.none` without one in the kernel."""
+    if vcpu.kvm.irqchip is None:
+        raise Refusal(errno.EINVAL, "lapic.none", vcpu=vcpu.number)
+    return vcpu.lapic
+
+
+def set_lapic(vcpu: Vcpu, data: bytes) -> None:
+    get_lapic(vcpu)
+    assert len(data) == _LAPIC_SIZE
+    vcpu.lapic = data

@@ -1,0 +1,97 @@
+"""The messages between the shim and the server, as docs/reference/wire.md has them."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import NamedTuple
+
+VERSION = 1
+MAX_MESSAGE = 64 << 10
+MAX_COPY = 60 << 10
+"""Bytes that one READ or WRITE upcall carries."""
+MAX_FDS = 8
+
+HELLO_HELPER, HELLO_FORKED = 1, 2
+KEEP_ON_EXEC = 1
+"""Bit of `a` of an answer: the descriptor that comes with it has no close-on-exec."""
+
+_REQUEST = struct.Struct("<IIQQQQQ")
+_ANSWER = struct.Struct("<IiqQQQQ")
+HEADER = _REQUEST.size
+assert HEADER == _ANSWER.size == 48
+
+
+class Op(enum.IntEnum):
+    """Requests."""
+
+    HELLO = 1
+    OPEN = 2
+    IDENTIFY = 3
+    IOCTL = 4
+    RUN_FD = 5
+    MMAP_CHECK = 6
+    MMAP_DONE = 7
+    UNMAP = 8
+    MOVED = 9
+    PROTECT = 10
+    DISCARD = 11
+    FALLOCATE = 12
+    REMOVE = 13
+    SYNC = 14
+    GUARD = 15
+    CANCEL = 16
+    UPCALL_DONE = 17
+
+
+class Upcall(enum.IntEnum):
+    """What the server asks a client's thread to do."""
+
+    ZAP = 1
+    READ = 2
+    WRITE = 3
+    REPLACE = 4
+    WATCH = 5
+    OVERLAY = 6
+    UNCOVER = 7
+    PRIVATE = 8
+    FD = 9
+
+
+class FileKind(enum.IntEnum):
+    """What a descriptor of ours is."""
+
+    NONE = 0
+    KVM = 1
+    VM = 2
+    VCPU = 3
+    GMEM = 4
+    GUP_TEST = 5
+
+
+class Request(NamedTuple):
+    """One message of a client. `file` is an inode number."""
+
+    op: int
+    flags: int
+    file: int
+    a: int
+    b: int
+    c: int
+    d: int
+    payload: bytes
+
+
+def unpack_request(data: bytes) -> Request:
+    """Raises: struct.error for a message that is too short to be one."""
+    op, flags, file, a, b, c, d = _REQUEST.unpack_from(data)
+    return Request(op, flags, file, a, b, c, d, data[HEADER:])
+
+
+def pack_answer(value: int, error: int = 0, payload: bytes = b"", a: int = 0, b: int = 0, c: int = 0) -> bytes:
+    """An answer: `value` or, if `error` is not 0, an errno."""
+    return _ANSWER.pack(0, error, value, a, b, c, 0) + payload
+
+
+def pack_upcall(op: Upcall, payload: bytes = b"", a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> bytes:
+    return _ANSWER.pack(op, 0, 0, a, b, c, d) + payload
