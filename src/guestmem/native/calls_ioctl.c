@@ -1,0 +1,140 @@
+/* ioctl(): what it is all for. */
+#define _GNU_SOURCE
+#include "shim.h"
+
+#include <linux/fiemap.h>
+#include <linux/fs.h>
+#include <linux/userfaultfd.h>
+#include <stdarg.h>
+#include <sys/ioctl.h>
+#include <sys/signalfd.h>
+
+#include "calls.h"
+
+enum { TYPE_KVM = 0xAE, TYPE_GMEM = 0xAF, TYPE_GUP_TEST = 'g', TYPE_USERFAULTFD = 0xAA };
+
+#define KVM_RUN 0xAE80UL
+#define KVM_SET_SIGNAL_MASK 0x4004AE8BUL
+
+/* Some files are known by their number, others are found when an ioctl of ours is tried on them. */
+static bool could_be_for_us(int fd, unsigned long request)
+{
+    unsigned type = request >> 8 & 0xff;
+    return type == TYPE_KVM || type == TYPE_GMEM || type == TYPE_GUP_TEST || file_marked(fd);
+}
+
+/* Those that the kernel answers for every file. */
+static bool is_for_any_file(unsigned long request)
+{
+    switch (request) {
+    case FIOCLEX:
+    case FIONCLEX:
+    case FIONBIO:
+    case FIOASYNC:
+    case FIGETBSZ:
+    case FS_IOC_FIEMAP:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static long call_ioctl(struct call *call, const struct file *file, unsigned long request, uintptr_t argument)
+{
+    call->request = (struct wire_request){.op = OP_IOCTL, .file = file->id, .a = request, .b = argument};
+    int error = call_server(call);
+    if (error)
+        return -error;
+    if (call->fd < 0)
+        return call->answer.value;
+    file_made(call->fd, KIND_NONE);
+    return call->fd;
+}
+
+/* ---- KVM_RUN: a signal ends it, one that comes at any moment and one that was pending before */
+
+/* Signals that the vCPU's mask lets through, but not the thread's own: they end the run and stay pending. */
+static int pending_signals_fd(kernel_sigset through)
+{
+    struct thread *self = thread_self();
+    if (self->signal_fd_open && self->signal_fd_set == through)
+        return self->signal_fd;
+    kernel_sigset old = signals_block();
+    long fd = sys(SYS_signalfd4, self->signal_fd_open ? self->signal_fd : -1, &through, sizeof(through),
+                  SFD_CLOEXEC | SFD_NONBLOCK);
+    if (!is_error(fd) && !self->signal_fd_open) {
+        fd = descriptor_move_high((int)fd);
+        descriptor_hide((int)fd);
+    }
+    if (!is_error(fd)) {
+        self->signal_fd = (int)fd;
+        self->signal_fd_set = through;
+        self->signal_fd_open = true;
+    }
+    signals_restore(old);
+    return (int)fd;
+}
+
+static long vcpu_run(const struct file *file, uintptr_t argument)
+{
+    struct call call = {.wait = WAIT_SIGNALS};
+    kernel_sigset mask, own = 0;
+    if (vcpu_mask_get(file->id, &mask)) {
+        sys(SYS_rt_sigprocmask, SIG_BLOCK, 0, &own, sizeof(own));
+        call.run_mask = mask;
+        call.signal_fd = own & ~mask ? pending_signals_fd(own & ~mask) : -1;
+        call.with_signal_fd = call.signal_fd >= 0;
+    }
+    return call_ioctl(&call, file, KVM_RUN, argument);
+}
+
+/* ---- all others */
+
+static long file_ioctl(const struct file *file, unsigned long request, uintptr_t argument)
+{
+    unsigned type = request >> 8 & 0xff;
+    if (file->kind == KIND_GMEM && type != TYPE_KVM && type != TYPE_GMEM)
+        return -ENOTTY;
+    if ((file->kind == KIND_VM || file->kind == KIND_VCPU) && file->maker != process.client)
+        return -EIO;
+    if (file->kind == KIND_VCPU && request == KVM_RUN)
+        return vcpu_run(file, argument);
+    if (file->kind == KIND_VCPU && request == KVM_SET_SIGNAL_MASK)
+        return -vcpu_mask_set(file->id, (const void *)argument);
+    struct call call = {.reply = (void *)argument};
+    if (_IOC_DIR(request) & _IOC_WRITE) {
+        call.payload = (const void *)argument;
+        call.payload_length = _IOC_SIZE(request);
+    }
+    return call_ioctl(&call, file, request, argument);
+}
+
+/* The client's own userfaultfd: a guest_memfd's mapping cannot be registered with one. */
+static bool is_register_of_gmem(unsigned long request, uintptr_t argument)
+{
+    struct uffdio_register range;
+    return request == UFFDIO_REGISTER && areas_exist() &&
+           !copy_from_client(&range, (const void *)argument, sizeof(range)) &&
+           areas_touch((const void *)(uintptr_t)range.range.start, range.range.len, AREA_GMEM);
+}
+
+long call_ioctl_any(int fd, unsigned long request, uintptr_t argument)
+{
+    struct file file;
+    if (!process.active)
+        return sys(SYS_ioctl, fd, request, argument);
+    if (could_be_for_us(fd, request) && !is_for_any_file(request) && file_of(fd, &file) != KIND_NONE)
+        return file_ioctl(&file, (uint32_t)request, argument);
+    if (is_register_of_gmem(request, argument))
+        return -EINVAL;
+    return sys(SYS_ioctl, fd, request, argument);
+}
+
+EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+    va_list arguments;
+    va_start(arguments, request);
+    uintptr_t argument = va_arg(arguments, uintptr_t);
+    va_end(arguments);
+    return (int)libc_result(call_ioctl_any(fd, request, argument));
+}

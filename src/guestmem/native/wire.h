@@ -1,0 +1,59 @@
+/* The messages of docs/reference/wire.md. */
+#pragma once
+
+#include <stdint.h>
+
+enum { WIRE_VERSION = 1, WIRE_MAX = 64 * 1024, WIRE_FDS = 8 };
+
+enum wire_op {
+    OP_HELLO = 1,
+    OP_OPEN,
+    OP_IDENTIFY,
+    OP_IOCTL,
+    OP_RUN_FD,
+    OP_MMAP_CHECK,
+    OP_MMAP_DONE,
+    OP_UNMAP,
+    OP_MOVED,
+    OP_PROTECT,
+    OP_DISCARD,
+    OP_FALLOCATE,
+    OP_REMOVE,
+    OP_SYNC,
+    OP_GUARD,
+    OP_CANCEL,
+    OP_UPCALL_DONE,
+};
+
+enum wire_upcall {
+    UP_ANSWER = 0,
+    UP_ZAP,
+    UP_READ,
+    UP_WRITE,
+    UP_REPLACE,
+    UP_WATCH,
+    UP_OVERLAY,
+    UP_UNCOVER,
+    UP_PRIVATE,
+    UP_FD,
+};
+
+enum { HELLO_HELPER = 1, HELLO_FORKED = 2 };
+enum { OPEN_KVM = 1, OPEN_GUP_TEST = 2 };
+enum { ANSWER_KEEP_ON_EXEC = 1 };
+enum { REPLACE_HUGETLB = 1, REPLACE_PRIVATE = 2 };
+
+struct wire_request {
+    uint32_t op, flags;
+    uint64_t file, a, b, c, d;
+};
+
+struct wire_answer {
+    uint32_t op;
+    int32_t error;
+    int64_t value;
+    uint64_t a, b, c, d;
+};
+
+_Static_assert(sizeof(struct wire_request) == 48, "wire.md: a request is 48 bytes");
+_Static_assert(sizeof(struct wire_answer) == 48, "wire.md: an answer is 48 bytes");

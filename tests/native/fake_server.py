@@ -1,0 +1,283 @@
+"""FakeServer: the other end of the wire, with just enough behind it to try the shim against.
+
+A thread for each channel. Beside a few real ioctls it knows some of its own, by which a client asks for upcalls.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass, field
+from errno import EINTR, EINVAL, ENOTTY
+from pathlib import Path
+
+MESSAGE = 64 << 10
+REQUEST = struct.Struct("<IIQQQQQ")
+ANSWER = struct.Struct("<IiqQQQQ")
+
+HELLO, OPEN, IDENTIFY, IOCTL, RUN_FD, MMAP_CHECK, MMAP_DONE, UNMAP, MOVED, PROTECT = range(1, 11)
+DISCARD, FALLOCATE, REMOVE, SYNC, GUARD, CANCEL, UPCALL_DONE = range(11, 18)
+ZAP, READ, WRITE, REPLACE, WATCH, OVERLAY, UNCOVER, PRIVATE, FD = range(1, 10)
+KVM, VM, VCPU, GMEM, GUP_TEST = range(1, 6)
+
+CREATE_VM, CREATE_VCPU, CREATE_GMEM = 0xAE01, 0xAE41, 0xC040AED4
+SET_REGION, RUN, SET_REGS, GET_REGS = 0x4020AE46, 0xAE80, 0x4090AE82, 0x8090AE81
+# Of the tests alone. The argument is an address, or a number.
+RELEASED, READ_SUM, WRITE_X, ZAP_PAGE, OVERLAY_PAGE, UNCOVER_PAGE, FD_FACTS, WATCH_PAGE, NOTED, DELAY, HELLOS = range(
+    0xAEF0, 0xAEFB
+)
+
+_FAULT_FEATURES = 1 << 7 | 1 << 10 | 1 << 5
+
+
+@dataclass
+class Request:
+    op: int
+    flags: int
+    file: int
+    a: int
+    b: int
+    c: int
+    d: int
+    payload: bytes
+    fds: list[int]
+
+
+@dataclass
+class Answer:
+    value: int = 0
+    error: int = 0
+    a: int = 0
+    b: int = 0
+    payload: bytes = b""
+    fds: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Known:
+    """One of our files, and the end of it that the server keeps."""
+
+    kind: int
+    maker: int
+    fd: int
+
+
+class Channel:
+    def __init__(self, server: FakeServer, sock: socket.socket) -> None:
+        self.server = server
+        self.sock = sock
+        self.client = 0
+
+    def receive(self) -> Request | None:
+        try:
+            data, ancillary, _, _ = self.sock.recvmsg(MESSAGE, socket.CMSG_SPACE(32))
+        except OSError:
+            return None
+        if len(data) < REQUEST.size:
+            return None
+        fds = array.array("i")
+        for _level, _kind, raw in ancillary:
+            fds.frombytes(raw)
+        return Request(*REQUEST.unpack_from(data), data[REQUEST.size :], list(fds))
+
+    def send(self, head: bytes, payload: bytes, fds: list[int]) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if fds:
+                socket.send_fds(self.sock, [head + payload], fds)
+            else:
+                self.sock.send(head + payload)
+
+    def upcall(
+        self, op: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0, payload: bytes = b"", fds: tuple[int, ...] = ()
+    ) -> Request:
+        self.send(ANSWER.pack(op, 0, 0, a, b, c, d), payload, list(fds))
+        done = self.receive()
+        assert done is not None and done.op == UPCALL_DONE
+        return done
+
+    def cancelled(self, seconds: float) -> bool:
+        """Whether a CANCEL came within the time, or the client went."""
+        if not select.select([self.sock], [], [], seconds)[0]:
+            return False
+        request = self.receive()
+        return request is None or request.op == CANCEL
+
+    def serve(self) -> None:
+        while (request := self.receive()) is not None:
+            if request.op == CANCEL:
+                continue
+            answer = self.server.answer(self, request)
+            self.send(ANSWER.pack(0, answer.error, answer.value, answer.a, answer.b, 0, 0), answer.payload, answer.fds)
+            for fd in answer.fds + request.fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self.sock.close()
+
+
+class FakeServer:
+    """`run_time`: seconds a KVM_RUN lasts, if no signal ends it. `notes`: the requests that tell of memory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = str(directory / "server")
+        self.run_time = 0.0
+        self.notes: list[Request] = []
+        self.hellos: list[Request] = []
+        self.userfaultfds: list[int] = []
+        self.files: dict[int, Known] = {}
+        self.released = 0
+        self._regs = bytes(144)
+        self._clients = 0
+        self._memories: list[int] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(self.path)
+        self._listener.listen(64)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def environment(self, shim: Path) -> dict[str, str]:
+        return os.environ | {"LD_PRELOAD": str(shim), "GUESTMEM_SOCKET": self.path}
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                threading.Thread(target=Channel(self, sock).serve, daemon=True).start()
+
+    # Files
+
+    def _token(self, channel: Channel, kind: int) -> int:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.files[os.fstat(theirs.fileno()).st_ino] = Known(kind, channel.client, ours.detach())
+        return theirs.detach()
+
+    def _memory(self, size: int) -> tuple[int, int]:
+        """Our descriptor of a new memfd, and a second open file of it for the client."""
+        fd = os.memfd_create("fake")
+        os.ftruncate(fd, size)
+        self._memories.append(fd)
+        return fd, os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+
+    def _gmem(self, channel: Channel, size: int) -> int:
+        ours, theirs = self._memory(size)
+        self.files[os.fstat(ours).st_ino] = Known(GMEM, channel.client, ours)
+        return theirs
+
+    def _collect_released(self) -> None:
+        for inode, known in list(self.files.items()):
+            if known.kind != GMEM and select.select([known.fd], [], [], 0)[0]:
+                os.close(known.fd)
+                del self.files[inode]
+                self.released += 1
+
+    # Calls
+
+    def answer(self, channel: Channel, request: Request) -> Answer:
+        if request.op == HELLO:
+            return self._hello(channel, request)
+        if request.op == OPEN:
+            return Answer(fds=[self._token(channel, KVM if request.a == 1 else GUP_TEST)])
+        if request.op == IDENTIFY:
+            known = self.files.get(request.file, Known(0, 0, -1))
+            return Answer(known.kind, a=known.maker)
+        if request.op == IOCTL:
+            return self._ioctl(channel, request)
+        if request.op == RUN_FD:
+            return Answer(fds=[self._memory(3 * mmap.PAGESIZE)[1]])
+        if request.op == MMAP_CHECK:
+            return Answer(error=EINVAL if request.c & mmap.MAP_PRIVATE else 0)
+        if request.op == FALLOCATE:
+            return Answer(error=EINTR if self.run_time and channel.cancelled(self.run_time) else 0)
+        if request.op == SYNC:
+            self._collect_released()
+        elif request.op == GUARD:
+            self.userfaultfds += [os.dup(fd) for fd in request.fds]
+        elif request.op in (MMAP_DONE, UNMAP, MOVED, PROTECT, DISCARD, REMOVE):
+            self.notes.append(request)
+        return Answer()
+
+    def _hello(self, channel: Channel, request: Request) -> Answer:
+        self.hellos.append(request)
+        if request.c:
+            channel.client = request.c
+        else:
+            self._clients += 1
+            channel.client = self._clients
+        probe = os.memfd_create("device")
+        device = os.fstat(probe).st_dev
+        os.close(probe)
+        return Answer(channel.client, a=device, b=os.getpid())
+
+    def _ioctl(self, channel: Channel, request: Request) -> Answer:
+        number, argument = request.a, request.b
+        match number:
+            case 0xAE00:
+                return Answer(12)
+            case 0xAE01:
+                return Answer(fds=[self._token(channel, VM)])
+            case 0xAE41:
+                return Answer(fds=[self._token(channel, VCPU)], a=1)
+            case 0xC040AED4:
+                return Answer(fds=[self._gmem(channel, struct.unpack_from("<Q", request.payload)[0])], a=1)
+            case 0x4090AE82:
+                self._regs = request.payload
+                return Answer()
+            case 0x8090AE81:
+                return Answer(payload=self._regs)
+            case 0x4020AE46:
+                return self._set_region(channel, request.payload)
+            case 0xAE80:
+                return Answer(error=EINTR if channel.cancelled(self.run_time) else 0)
+            case _:
+                return self._test_ioctl(channel, request, number, argument)
+
+    def _set_region(self, channel: Channel, payload: bytes) -> Answer:
+        _slot, _flags, _gpa, size, address = struct.unpack("<IIQQQ", payload)
+        ours, theirs = self._memory(size)
+        done = channel.upcall(REPLACE, address, size, 3, 2, fds=(theirs,))
+        os.close(theirs)
+        with mmap.mmap(ours, size) as view:
+            view[-1] ^= 0xFF
+        return Answer(error=done.a)
+
+    def _test_ioctl(self, channel: Channel, request: Request, number: int, argument: int) -> Answer:
+        page = mmap.PAGESIZE
+        if number == RELEASED:
+            return Answer(self.released)
+        if number == NOTED:
+            return Answer(len(self.notes))
+        if number == HELLOS:
+            return Answer(len(self.hellos))
+        if number == DELAY:
+            time.sleep(argument / 1e6)
+            return Answer()
+        if number == READ_SUM:
+            done = channel.upcall(READ, argument, 16)
+            return Answer(sum(done.payload), error=done.a)
+        if number == WRITE_X:
+            return Answer(error=channel.upcall(WRITE, argument, payload=b"x" * 16).a)
+        if number == ZAP_PAGE:
+            return Answer(error=channel.upcall(ZAP, payload=struct.pack("<QQ", argument, page)).a)
+        if number == OVERLAY_PAGE:
+            return Answer(error=channel.upcall(OVERLAY, argument, page).a)
+        if number == UNCOVER_PAGE:
+            memory = next(known.fd for known in self.files.values() if known.kind == GMEM)
+            return Answer(error=channel.upcall(UNCOVER, argument, page, 3, 0, fds=(memory,)).a)
+        if number == WATCH_PAGE:
+            return Answer(error=channel.upcall(WATCH, argument, page).a)
+        if number == FD_FACTS:
+            done = channel.upcall(FD, argument, 1)
+            for fd in done.fds:
+                os.close(fd)
+            return Answer(len(done.fds), error=done.a)
+        return Answer(error=ENOTTY)
