@@ -1,6 +1,6 @@
 /*
- * What our KVM clients share: the ABI that an older <linux/kvm.h> lacks, test cases with TAP output, an access that must
- * end in SIGBUS, and a VM with one vCPU in long mode. No test library: every call is the plain ioctl or system call.
+ * What our KVM clients share: the ABI that an older <linux/kvm.h> lacks, test cases with TAP output, an access that
+ * must end in SIGBUS, and a VM with one vCPU in long mode. No test library: each call is a plain ioctl or system call.
  *
  * A case is a function that CHECKs and returns at the first thing that does not hold. SKIP_CASE says that this machine
  * has not what the case needs.

@@ -25,6 +25,7 @@ from types import FrameType
 from tests.peer.build import cache_dir
 
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+MEMINFO = Path("/proc/meminfo")
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 OURS = f"{Path(sys.executable).parent / 'guestmem'} run --abi {{abi}} --"
 KSFT_SKIP = 4
@@ -97,7 +98,7 @@ def reserved_huge_pages(count: int) -> Iterator[None]:
     if not count:
         yield
         return
-    if "Hugepagesize:       2048 kB" not in Path("/proc/meminfo").read_text():
+    if "Hugepagesize:       2048 kB" not in MEMINFO.read_text():
         raise CannotRunError("the default huge page is not of 2 MiB")
     total, free = HUGE_PAGES / "nr_hugepages", HUGE_PAGES / "free_hugepages"
     former = int(total.read_text())
