@@ -5,12 +5,14 @@ directory and built there with the machine's gcc, unmodified. The clients of thi
 where somebody has put their text, upstream's newer tests are built beside them. Nothing of upstream is in the
 repository.
 
-Exit codes: 0 built; 4 (kselftest's "skip") something is missing that this user cannot install; 1 a compiler refused.
+Exit codes: 0 built; 4 (kselftest's "skip") the kernel's tests need something that this user cannot install, our clients
+are built all the same; 1 a compiler refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import subprocess
@@ -68,10 +70,6 @@ GUEST_FLAGS = (
 CLIENT_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
 
 
-class CannotBuildError(Exception):
-    """Something is missing on this machine; the text says what, and how to get it."""
-
-
 def cache_dir() -> Path:
     """Where everything is built: $XDG_CACHE_HOME/guestmem/peer-6.12, by default below ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -86,21 +84,22 @@ def run(command: Sequence[str | Path], cwd: Path | None = None) -> None:
         done.check_returncode()
 
 
-def ensure_packages() -> None:
-    """Install the Debian packages that are missing. CannotBuildError if this user or this machine cannot."""
+def packages_problem() -> str:
+    """Install the Debian packages that are missing; "", or what is missing still and how to get it."""
     missing = [package for tool, package in TOOLS.items() if not shutil.which(tool)]
     if not TARBALL.exists():
         missing.append(PACKAGE)
     if not missing:
-        return
+        return ""
     by_hand = f"apt-get install --no-install-recommends {' '.join(missing)}"
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise CannotBuildError(f"{', '.join(missing)} missing; as root: {by_hand}")
+        return f"missing {', '.join(missing)}; as root: {by_hand}"
     try:
         run(["apt-get", "update", "-qq"])
         run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing])
     except subprocess.CalledProcessError as error:
-        raise CannotBuildError(f"{by_hand} failed with {error.returncode}") from None
+        return f"{by_hand} failed with {error.returncode}"
+    return ""
 
 
 def tarball_key() -> str:
@@ -189,18 +188,23 @@ def main() -> None:
     options = parser.parse_args()
     cache = options.cache.resolve()
     text = (options.upstream or cache / "upstream-text").resolve()
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = (cache / "lock").open("w")  # two builds in one cache would take each other's tree away
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        ensure_packages()
-        tree = unpack(cache)
-        built = build_selftests(tree, cache / "selftests")
-        built += build_clients(cache / "clients")
-        built += build_upstream(text, tree, cache / "selftests", cache / "upstream")
-    except CannotBuildError as error:
-        print(f"peer: skipped: {error}", file=sys.stderr)
-        sys.exit(SKIP)
+        built, missing = [], packages_problem()
+        if shutil.which("gcc"):
+            built += build_clients(cache / "clients")
+        if not missing:
+            tree = unpack(cache)
+            built += build_selftests(tree, cache / "selftests")
+            built += build_upstream(text, tree, cache / "selftests", cache / "upstream")
     except subprocess.CalledProcessError:
         sys.exit(1)
     print(*built, sep="\n")
+    if missing:
+        print(f"peer: the kernel's tests are not built: {missing}", file=sys.stderr)
+        sys.exit(SKIP)
 
 
 if __name__ == "__main__":
