@@ -39,6 +39,8 @@ _FAULT_FEATURES = 1 << 7 | 1 << 10 | 1 << 5
 
 @dataclass
 class Request:
+    payload: bytes
+    fds: list[int]
     op: int
     flags: int
     file: int
@@ -46,8 +48,6 @@ class Request:
     b: int
     c: int
     d: int
-    payload: bytes
-    fds: list[int]
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Channel:
         fds = array.array("i")
         for _level, _kind, raw in ancillary:
             fds.frombytes(raw)
-        return Request(*REQUEST.unpack_from(data), data[REQUEST.size :], list(fds))
+        return Request(data[REQUEST.size :], list(fds), *REQUEST.unpack_from(data))
 
     def send(self, head: bytes, payload: bytes, fds: list[int]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

@@ -17,13 +17,13 @@ static void fds_close(struct message *message, int from)
 static int answer_take(struct channel *channel, struct call *call, struct message *message)
 {
     call->answer = message->head;
-    if (call->answer.error) {
-        fds_close(message, 0);
-        return call->answer.error;
-    }
     if (message->length && copy_to_client(call->reply, channel->buffer, message->length)) {
         fds_close(message, 0);
         return EFAULT;
+    }
+    if (call->answer.error) { /* some errors have bytes with them, as error_offset of a conversion */
+        fds_close(message, 0);
+        return call->answer.error;
     }
     if (message->fds_lost) {
         fds_close(message, 0);
@@ -51,6 +51,16 @@ static int answer_wait(struct channel *channel, struct message *message, int fla
     }
 }
 
+/* Most answers come within microseconds, and to sleep and be woken costs many: first look a while without sleeping, if
+ * there is a CPU for the server to run on meanwhile. EAGAIN when none came. */
+static int answer_soon(struct channel *channel, struct message *message)
+{
+    int error = EAGAIN;
+    for (int looks = process.spins; looks && error == EAGAIN; looks--)
+        error = answer_wait(channel, message, MSG_DONTWAIT);
+    return error;
+}
+
 static int request_send(struct channel *channel, struct call *call)
 {
     ssize_t sent = wire_send(channel->fd, &call->request, call->payload, call->payload_length, call->send_fd,
@@ -66,6 +76,8 @@ int call_on_channel(struct channel *channel, struct call *call)
     call->fd = -1;
     int error = request_send(channel, call);
     if (!error)
+        error = answer_soon(channel, &message);
+    if (error == EAGAIN)
         error = answer_wait(channel, &message, 0);
     return error ? error : answer_take(channel, call, &message);
 }
@@ -109,6 +121,12 @@ static int wait_for_packet_or_signal(struct thread *self, const struct call *cal
     return poll[0].revents || ready < 0 ? EAGAIN : EINTR;
 }
 
+/* A vCPU's mask takes the place of the thread's. */
+static kernel_sigset run_blocks(const struct call *call, kernel_sigset thread_mask)
+{
+    return call->run_mask || call->with_signal_fd ? call->run_mask : thread_mask;
+}
+
 /* Signals are blocked except inside of ppoll(), so one that comes at any moment after the request was sent, or was pending
  * before, is seen there. Handlers run there too, and they may call. */
 static int wait_interruptible(struct thread *self, struct call *call, kernel_sigset thread_mask)
@@ -116,6 +134,14 @@ static int wait_interruptible(struct thread *self, struct call *call, kernel_sig
     struct parked outer = self->parked;
     uint64_t number = ++self->calls;
     struct message message;
+    int soon = signals_pending(run_blocks(call, thread_mask)) ? EAGAIN : answer_soon(self->channel, &message);
+    if (soon && soon != EAGAIN)
+        return soon;
+    if (!soon) {
+        fds_close(&message, 0);
+        call->answer = message.head;
+        return message.head.error;
+    }
     for (;;) {
         self->waiting = number;
         int why = wait_for_packet_or_signal(self, call, thread_mask | call->run_mask);

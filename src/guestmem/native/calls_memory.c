@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "calls.h"
+#include "real.h"
 
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
@@ -237,4 +238,17 @@ long call_madvise(void *address, size_t length, int advice)
 EXPORT int madvise(void *address, size_t length, int advice)
 {
     return (int)libc_result(call_madvise(address, length, advice));
+}
+
+/* There is nothing to write to. */
+int msync_any(void *address, size_t length, int flags)
+{
+    if (process.active && flags & MS_SYNC && areas_touch(address, length, AREA_GMEM))
+        return fail(EINVAL);
+    return REAL(msync)(address, length, flags);
+}
+
+EXPORT int msync(void *address, size_t length, int flags)
+{
+    return msync_any(address, length, flags);
 }

@@ -129,6 +129,7 @@ static int channel_hello(struct channel *channel, uint32_t flags, int userfaultf
     if (error)
         return error == EIO ? ENODEV : error;
     __atomic_store_n(&process.memfd_device, call.answer.a, __ATOMIC_RELEASE);
+    process.gmem_magic = call.answer.c;
     __atomic_store_n(&process.client, (uint64_t)call.answer.value, __ATOMIC_RELEASE);
     return 0;
 }

@@ -3,11 +3,14 @@
 #include "shim.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 struct process process;
+
+enum { SPINS = 150 }; /* some 50 us */
 
 /* A word in memory that fork() clears in the child, whoever makes it: it is how a bare clone() is noticed. */
 static uint64_t *alive;
@@ -83,6 +86,8 @@ __attribute__((constructor)) static void start(void)
     alive_prepare();
     if (pthread_atfork(fork_prepare, fork_parent, fork_child))
         return;
+    cpu_set_t cpus;
+    process.spins = !sched_getaffinity(0, sizeof(cpus), &cpus) && CPU_COUNT(&cpus) > 1 ? SPINS : 0;
     process.active = true;
     files_mark_inherited();
 }

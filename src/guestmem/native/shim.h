@@ -21,6 +21,8 @@ struct process {
     uint64_t client;       /* the server's number for us, 0 before the first HELLO */
     uint64_t forked_from;  /* our parent's number, if we are a fork of a client */
     uint64_t memfd_device; /* st_dev of every guest_memfd, 0 before the first HELLO */
+    uint64_t gmem_magic;   /* f_type of a guest_memfd's file system, 0 for that of anonymous inodes */
+    int spins;             /* how often to look for an answer before sleeping; 0 where the server has no other CPU */
     bool guarded;          /* the server has a userfaultfd of ours, or knows that there is none */
 };
 
@@ -36,6 +38,7 @@ typedef uint64_t kernel_sigset;
 /* Everything but the signal by which glibc's setuid() stops all threads and waits for them. */
 kernel_sigset signals_block(void);
 void signals_restore(kernel_sigset old);
+bool signals_pending(kernel_sigset blocked);
 
 /* The mask of KVM_SET_SIGNAL_MASK: false if the vCPU has none. */
 bool vcpu_mask_get(uint64_t file, kernel_sigset *mask);

@@ -20,6 +20,13 @@ void signals_restore(kernel_sigset old)
     sys(SYS_rt_sigprocmask, SIG_SETMASK, &old, 0, sizeof(kernel_sigset));
 }
 
+bool signals_pending(kernel_sigset blocked)
+{
+    kernel_sigset pending = 0;
+    sys(SYS_rt_sigpending, &pending, sizeof(pending));
+    return pending & ~blocked;
+}
+
 struct vcpu_mask {
     uint64_t file; /* 0: free */
     kernel_sigset mask;
