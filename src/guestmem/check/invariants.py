@@ -49,7 +49,15 @@ class Violation(AssertionError):
     def __init__(self, name: str, facts: str) -> None:
         self.name = name
         self.facts = facts
-        super().__init__(f"{name} {PROPERTIES[name].statement}: {facts}")
+        statement = PROPERTIES[name].statement if name in PROPERTIES else OTHERS.get(name, "")
+        super().__init__(f"{name} {statement}: {facts}")
+
+
+OTHERS = {
+    "S15": "a refused call changes nothing",
+    "L3": "nothing is left at the end",
+}
+"""Statements of properties that are not a question about one state."""
 
 
 class Property(NamedTuple):

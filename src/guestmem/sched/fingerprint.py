@@ -42,13 +42,14 @@ Describe: TypeAlias = Callable[["Walk", Any], None]
 class Rules:
     """What a caller knows of the classes it walks.
 
-    `describe` replaces the description of a class. `left_out` names attributes that are not state. `locals` does the
-    former for a local variable, by the qualified name of its function and its own.
+    `describe` replaces the description of a class, `locals` that of every local variable of a name. `left_out` names
+    attributes that are not state. `frames` rewrites the locals of a suspended function, by its qualified name.
     """
 
     describe: Mapping[type, Describe] = dataclasses.field(default_factory=dict)
     left_out: Mapping[type, frozenset[str]] = dataclasses.field(default_factory=dict)
-    locals: Mapping[tuple[str, str], Describe] = dataclasses.field(default_factory=dict)
+    locals: Mapping[str, Describe] = dataclasses.field(default_factory=dict)
+    frames: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 class Fingerprinter:
@@ -57,7 +58,6 @@ class Fingerprinter:
     def __init__(self, rules: Rules | None = None) -> None:
         self.rules = rules or Rules()
         self.plans: dict[type, Describe] = {}
-        self.frame_plans: dict[types.CodeType, dict[str, Describe]] = {}
 
     def __call__(self, *roots: object) -> bytes:
         walk = Walk(self)
@@ -113,31 +113,22 @@ class Walk:
 
     def frames(self, coroutine: Any) -> None:
         """Code position and locals of a suspended coroutine, and of what it awaits."""
-        out = self.out
+        out, rules = self.out, self._fingerprinter.rules
         while coroutine is not None:
             frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
             if frame is None:
                 return
-            code = frame.f_code
-            out.append(code.co_qualname)
+            name = frame.f_code.co_qualname
+            out.append(name)
             out.append(frame.f_lasti)
-            rules = self._frame_rules(code)
-            for name, local in frame.f_locals.items():
+            variables = frame.f_locals
+            if name in rules.frames:
+                variables = rules.frames[name](dict(variables))
+            for name in sorted(variables):  # the dict remembers in which order locals were first seen by a reader
+                value = variables[name]
                 out.append(name)
-                rule = rules.get(name)
-                if rule is None:
-                    self.value(local)
-                else:
-                    rule(self, local)
+                rules.locals.get(name, Walk.value)(self, value)
             coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
-
-    def _frame_rules(self, code: types.CodeType) -> dict[str, Describe]:
-        plans = self._fingerprinter.frame_plans
-        rules = plans.get(code)
-        if rules is None:
-            every = self._fingerprinter.rules.locals.items()
-            rules = plans[code] = {name: rule for (owner, name), rule in every if owner in (code.co_qualname, "*")}
-        return rules
 
     def _learn(self, kind: type) -> Describe:
         rules = self._fingerprinter.rules
@@ -198,9 +189,11 @@ def _mapping(walk: Walk, value: Mapping[Any, Any]) -> None:
         return
     walk.out.append("dict")
     walk.out.append(len(value))
-    items = list(value.items())
-    if all(type(key) is int for key, _ in items):
-        items.sort()
+    if not value:
+        return
+    items = value.items()
+    if type(next(iter(value))) is int:
+        items = sorted(items)  # type: ignore[assignment]
     for key, item in items:
         walk.value(key)
         walk.value(item)
@@ -262,13 +255,20 @@ def _by_attributes(kind: type, left_out: frozenset[str]) -> Describe:
     def describe(walk: Walk, value: Any) -> None:
         if walk.met(value):
             return
-        walk.out.append(tag)
+        out, plans = walk.out, walk._plans
+        out.append(tag)
         for name in ordered:
             walk.value(getattr(value, name, None))
         for name, attribute in getattr(value, "__dict__", _EMPTY).items():
             if name not in left_out:
-                walk.out.append(name)
-                walk.value(attribute)
+                out.append(name)
+                kind = type(attribute)
+                if kind in _PLAIN:  # as Walk.value, without the call: most of a state is read here
+                    out.append(attribute)
+                elif kind in plans:
+                    plans[kind](walk, attribute)
+                else:
+                    walk.value(attribute)
 
     return describe
 

@@ -1,0 +1,411 @@
+"""Machine: a Host that a scenario sets up, and the actors that then race in it.
+
+A scenario calls the blocking methods of Host while it sets up; what an actor will do is a coroutine, from a method here
+or written on the spot. `actor` names them; nothing of them runs before the explorer does.
+
+Each call of an actor has an *answer*: "ok", the rule of its refusal, a signal, what a guest read. Answers are part of
+the state, and what a scenario's `sometimes` speaks of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from guestmem.check.arena import Arena
+from guestmem.check.canonical import FINGERPRINT
+from guestmem.check.ghost import Ghost, GhostPool
+from guestmem.check.invariants import Violation, check_all, snapshot
+from guestmem.cpu.engine import Engine, GuestMemory
+from guestmem.cpu.scripted import Load, ScriptedEngine, Store
+from guestmem.host import Gmem, Host, Vm
+from guestmem.kvm.addresses import Gfn
+from guestmem.kvm.context import KvmGmemContext
+from guestmem.kvm.exits import Exit, HltExit, MemoryFaultExit
+from guestmem.kvm.gmem import set_memory_attributes2
+from guestmem.kvm.identity import VirtualMachine
+from guestmem.kvm.populate import PostPopulate, copy_source, populate
+from guestmem.kvm.prefault import pre_fault_memory
+from guestmem.kvm.set_region import set_user_memory_region2
+from guestmem.kvm.vm_attributes import set_memory_attributes
+from guestmem.memory import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Access,
+    Backing,
+    File,
+    Inode,
+    Invalidation,
+    PageIndex,
+    Pool,
+    UnmapFailed,
+)
+from guestmem.sched import LockClass, Policy, Scheduler, Task
+from guestmem.trace import Refusal
+from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
+from guestmem.uapi.levels import FUTURE, AbiLevel
+from guestmem.uapi.structs import MemoryAttributes, MemoryAttributes2, PreFaultMemory, UserspaceMemoryRegion2
+from guestmem.userspace import Process, SigBus, SigSegv, View
+
+POOL_PAGES = 64
+Call = Coroutine[Any, Any, object]
+GuestScript = tuple[Load | Store, ...]
+ScriptEngine = Callable[[GuestMemory, list[Load | Store]], Engine]
+
+_arenas: list[Arena] = []
+
+
+class Machine(Host):
+    """What a scenario builds. `failures` is how many fallible steps may fail in one execution."""
+
+    def __init__(self, *, level: AbiLevel = FUTURE, failures: int = 0, engine: ScriptEngine = ScriptedEngine) -> None:
+        self._arena = _arenas.pop() if _arenas else Arena()
+        self._script: list[Load | Store] = []
+        self._script_engine = engine
+        super().__init__(memory=POOL_PAGES * PAGE_SIZE, level=level, engine=self._new_engine, debug=True)
+        assert isinstance(self.pool, GhostPool)
+        self.ghost = Ghost(self, self.pool)
+        self.failures_left = failures
+        self._unstarted: list[Call] = []
+        self.actors: list[tuple[str, tuple[Call, ...]]] = []
+        self.answers: dict[str, tuple[str, ...]] = {}
+        self.tasks: list[Task[None]] = []
+
+    def __fingerprint__(self) -> None:
+        """What an actor's frame refers to; its state is walked from the roots."""
+
+    def _new_pool(self, pages: int) -> Pool:
+        return GhostPool(pages)
+
+    def _new_backing(self, pages: int, name: str) -> Backing:
+        return self._arena.take(pages)
+
+    def _new_engine(self, memory: GuestMemory) -> Engine:
+        return self._script_engine(memory, self._script)
+
+    # Setting up
+
+    def vm(self, vm_type: VmType = VmType.SW_PROTECTED) -> Vm:
+        """The machine's first VM; made when first asked for."""
+        return Vm(self, self.vms[0], 0) if self.vms else self.create_vm(vm_type)
+
+    def gmem(self, pages: int = 1, *, init_shared: bool = True, mmap: bool = True, gpa: int | None = 0) -> Gmem:
+        """A file of the first VM, bound as slot 0 at `gpa` unless that is None."""
+        vm = self.vm()
+        gmem = vm.create_guest_memfd(pages * PAGE_SIZE, mmap=mmap, init_shared=init_shared)
+        if gpa is not None:
+            vm.set_memory_region(0, gpa, pages * PAGE_SIZE, gmem=gmem)
+        return gmem
+
+    def second_view(self, gmem: Gmem, gpa: int = 0) -> Vm:
+        """Another struct kvm of the virtual machine that owns `gmem`, with a view of its own of the inode, bound at
+        `gpa`: what linking makes. The view lives as long as the VM's descriptor."""
+        owner = gmem.inode.owner
+        assert isinstance(owner, VirtualMachine)
+        vm = self.create_vm(VmType.SW_PROTECTED)
+        vm.kvm.machine.put()
+        vm.kvm.machine = owner
+        owner.get()
+        context = KvmGmemContext(vm.kvm, gmem.inode)
+        gmem.inode.references.get()
+        fd = self.process.fds.reserve()
+        context.file = File(
+            self.scheduler,
+            gmem.inode,
+            release=lambda _: context.release(),
+            release_takes=LockClass.SLOTS_LOCK,
+            private_data=context,
+        )
+        self.process.fds.install(fd, context.file)
+        vm.set_memory_region(0, gpa, gmem.inode.size, gmem=Gmem(self, context.file, fd))
+        return vm
+
+    def actor(self, name: str, *calls: Call) -> None:
+        """A task that makes `calls`, one after another, whatever their answers."""
+        self.actors.append((name, calls))
+        self.answers[name] = ()
+
+    # What actors do
+
+    def guest(self, *script: Load | Store, vm: Vm | None = None) -> Call:
+        """A new vCPU's KVM_RUN, with a guest that does the accesses of `script`. Answers what it read, or its exit."""
+        vm = vm or self.vm()
+        self._script = list(script)
+        vcpu = vm.create_vcpu(len(vm.kvm.vcpus))
+
+        async def run() -> str:
+            exit_ = await vcpu.vcpu.run()
+            loaded = getattr(vcpu.engine, "loaded", [])
+            return _exit(exit_) + "".join(f" {byte:#04x}" for byte in loaded)
+
+        return run()
+
+    def convert(self, gmem: Gmem, to: Access, page: int = 0, pages: int = 1) -> Call:
+        """KVM_SET_MEMORY_ATTRIBUTES2 on the file."""
+        bits = KVM_MEMORY_ATTRIBUTE_PRIVATE if to is Access.PRIVATE else 0
+        attributes = MemoryAttributes2(page * PAGE_SIZE, pages * PAGE_SIZE, bits)
+        return self._atomic(set_memory_attributes2(gmem.file, attributes))
+
+    def set_attributes_of(self, vm: Vm, to: Access, page: int = 0, pages: int = 1) -> Call:
+        """KVM_SET_MEMORY_ATTRIBUTES on the VM, of levels without in-place conversion."""
+        bits = KVM_MEMORY_ATTRIBUTE_PRIVATE if to is Access.PRIVATE else 0
+        attributes = MemoryAttributes(page * PAGE_SIZE, pages * PAGE_SIZE, bits)
+        return self._atomic(set_memory_attributes(vm.kvm, attributes))
+
+    def write(self, view: View, data: bytes, page: int = 0, process: Process | None = None) -> Call:
+        """The host stores `data` at the start of a page of its mapping."""
+        return (process or self.process).mm.write(view.hva + page * PAGE_SIZE, data)
+
+    def read(self, view: View, page: int = 0, size: int = 1, process: Process | None = None) -> Call:
+        """The host loads the first bytes of a page. Answers what it read."""
+
+        async def read() -> str:
+            data = await (process or self.process).mm.read(view.hva + page * PAGE_SIZE, size)
+            return f"read 0x{data.hex()}"
+
+        return read()
+
+    def pin(self, view: View, page: int = 0) -> Call:
+        """A long-term pin; it stays to the end of the execution."""
+        return self.process.pin(view.hva + page * PAGE_SIZE, 1)
+
+    def pin_briefly(self, view: View, page: int = 0) -> Call:
+        """A pin that goes as soon as others have had a chance to run, as a direct I/O's."""
+
+        async def transfer() -> None:
+            pin = await self.process.pin(view.hva + page * PAGE_SIZE, 1)
+            await self.scheduler.preempt("I/O in flight")
+            pin.unpin()
+
+        return transfer()
+
+    def punch(self, gmem: Gmem, page: int = 0, pages: int = 1) -> Call:
+        """fallocate(PUNCH_HOLE | KEEP_SIZE)."""
+        return gmem.inode.fallocate(3, page * PAGE_SIZE, pages * PAGE_SIZE)
+
+    def allocate(self, gmem: Gmem, page: int = 0, pages: int = 1) -> Call:
+        """fallocate(KEEP_SIZE)."""
+        return gmem.inode.fallocate(1, page * PAGE_SIZE, pages * PAGE_SIZE)
+
+    def poison(self, gmem: Gmem, page: int = 0) -> Call:
+        """The memory of a page goes bad."""
+
+        async def fail() -> str:
+            return "ok" if await gmem.inode.memory_failure(PageIndex(page)) else "no page"
+
+        return fail()
+
+    def bind(self, gmem: Gmem, slot: int, gpa: int, page: int = 0, pages: int = 1, vm: Vm | None = None) -> Call:
+        """KVM_SET_USER_MEMORY_REGION2 with a guest_memfd."""
+        size, offset = pages * PAGE_SIZE, page * PAGE_SIZE
+        region = UserspaceMemoryRegion2(
+            slot, KVM_MEM_GUEST_MEMFD, gpa, size, guest_memfd_offset=offset, guest_memfd=gmem.fd
+        )
+        return self.set_region(region, vm)
+
+    def plain_slot(self, view: View, slot: int, gpa: int, pages: int = 1, flags: int = 0, vm: Vm | None = None) -> Call:
+        """KVM_SET_USER_MEMORY_REGION2 with host memory."""
+        return self.set_region(UserspaceMemoryRegion2(slot, flags, gpa, pages * PAGE_SIZE, view.hva), vm)
+
+    def delete_slot(self, slot: int = 0, vm: Vm | None = None) -> Call:
+        """KVM_SET_USER_MEMORY_REGION2 of size 0."""
+        return self.set_region(UserspaceMemoryRegion2(slot, 0, 0, 0), vm)
+
+    def set_region(self, region: UserspaceMemoryRegion2, vm: Vm | None = None) -> Call:
+        """KVM_SET_USER_MEMORY_REGION2, any."""
+        return self._atomic(set_user_memory_region2((vm or self.vm()).kvm, self.process.fds, region))
+
+    def pre_fault(self, gpa: int = 0, pages: int = 1, vm: Vm | None = None) -> Call:
+        """KVM_PRE_FAULT_MEMORY. Answers how many pages are left."""
+
+        async def fault() -> str:
+            left = await pre_fault_memory((vm or self.vm()).kvm, PreFaultMemory(gpa, pages * PAGE_SIZE))
+            return f"left {left.size >> PAGE_SHIFT}" if left.size else "ok"
+
+        return fault()
+
+    def populate_from(
+        self, source: int | None, gpa: int = 0, pages: int = 1, launch: PostPopulate = copy_source
+    ) -> Call:
+        """Populate private pages from a host address, None for in place. Answers how many pages were done."""
+
+        async def fill() -> str:
+            done = await populate(self.vm().kvm, Gfn(gpa >> PAGE_SHIFT), source, pages, launch)
+            return "ok" if done == pages else f"done {done}"
+
+        return fill()
+
+    def close_fd(self, fd: int, process: Process | None = None) -> Call:
+        return (process or self.process).fds.close(fd)
+
+    def unmap(self, view: View) -> Call:
+        return self.process.mm.unmap(view.hva, len(view))
+
+    def discard(self, view: View) -> Call:
+        """madvise(MADV_DONTNEED) of a whole mapping."""
+        return self.process.mm.discard(view.hva, len(view))
+
+    def remove(self, view: View) -> Call:
+        """madvise(MADV_REMOVE) of a whole mapping."""
+        return self.process.mm.remove(view.hva, len(view))
+
+    # For the explorer
+
+    def start(self, policy: Policy) -> list[Task[None]]:
+        """From now on `policy` decides; the actors are parked before their first line."""
+        self.scheduler.policy = policy
+        self.scheduler.explores = True
+        self.tasks = [self.scheduler.spawn(self._act(name, calls), name) for name, calls in self.actors]
+        return self.tasks
+
+    def digest(self) -> bytes:
+        """The state, in 16 bytes: equal for states that the rest of an execution cannot tell apart."""
+        return FINGERPRINT(
+            self.inodes,
+            self.vms,
+            self.userspace,
+            self.identities,
+            self.tasks,
+            self.answers,
+            self.failures_left,
+            self.ghost,
+            self.pool,
+        )
+
+    def check_state(self) -> None:
+        """Every property of one state. Raises: Violation."""
+        check_all(self)
+        for name, facts in self.ghost.broken():
+            raise Violation(name, facts)
+
+    def check_end(self) -> None:
+        """All actors are done: the rooms' own invariants, then the VMM exits and nothing may be left (L3)."""
+        self.scheduler.explores = False
+        for pin in list(self.userspace.pins):
+            pin.unpin()
+        self.check()
+        for process in list(self.userspace.processes):
+            self.run(process.exit(), "exit")
+        statistics = self.pool.statistics()
+        for left, what in (
+            (statistics.allocated - statistics.retired, "pages"),
+            (len(self.identities.live), "identities"),
+            (sum(not kvm.destroyed for kvm in self.vms), "struct kvm"),
+            (sum(not inode.destroyed for inode in self.inodes), "inodes"),
+        ):
+            if left:
+                raise Violation("L3", f"{left} {what} left after the last close")
+
+    def forget(self) -> None:
+        """The execution is over, wherever it stands: close what is suspended and give the memory back."""
+        self.scheduler.explores = False
+        for task in self.tasks:
+            self.scheduler.current = task
+            _close(task.coroutine)
+        for _, calls in self.actors:
+            for call in calls:
+                call.close()
+        for call in self._unstarted:
+            call.close()
+        self._arena.reset()
+        _arenas.append(self._arena)
+
+    async def _act(self, name: str, calls: tuple[Call, ...]) -> None:
+        for call in calls:
+            self.answers[name] += (await _answer(call),)
+
+    def _atomic(self, call: Call) -> Call:
+        """S15: a refused call that nobody else ran beside has changed nothing."""
+        if not self.failures_left:
+            return call
+        self._unstarted.append(call)
+        return self._guarded(call)
+
+    async def _guarded(self, call: Call) -> object:
+        before, others = snapshot(self), self.others()
+        try:
+            return await call
+        except Refusal as refusal:
+            if self.others() == others and snapshot(self) != before:
+                raise Violation("S15", f"{refusal} left something behind") from refusal
+            raise
+
+    def others(self) -> tuple[tuple[object, tuple[str, ...]], ...]:
+        """Where every other task stands."""
+        me = self.scheduler.current
+        return tuple((task.operation, tuple(_positions(task.coroutine))) for task in self.tasks if task is not me)
+
+
+class Firmware:
+    """A user of memory that maps nothing, may fail to give a page back, and may leave at any time."""
+
+    kind = "firmware"
+    may_map_private = True
+    takes_references = False
+
+    def __init__(self, scheduler: Scheduler, inode: Inode) -> None:
+        self.gone = False
+        self.registration = inode.register(self)
+        self._scheduler = scheduler
+
+    def __fingerprint__(self) -> bool:
+        return self.gone
+
+    async def invalidate_begin(self, invalidation: Invalidation) -> None:
+        await self._scheduler.preempt("firmware call")
+        self._check_registered()
+        if self._scheduler.fails("firmware: remove page"):
+            raise UnmapFailed(invalidation.pages, "firmware is busy")
+
+    async def invalidate_end(self, invalidation: Invalidation) -> None:
+        self._check_registered()
+
+    async def leave(self) -> None:
+        """Unregister and be gone: the module may be unloaded now."""
+        await self.registration.unregister()
+        self.gone = True
+
+    def _check_registered(self) -> None:
+        if self.gone:
+            raise Violation("S20", "the firmware's user is told after it has left")
+
+
+async def _answer(call: Call) -> str:
+    try:
+        result = await call
+    except Refusal as refusal:
+        return refusal.rule
+    except SigBus:
+        return "SIGBUS"
+    except SigSegv:
+        return "SIGSEGV"
+    return result if isinstance(result, str) else "ok"
+
+
+def _exit(exit_: Exit) -> str:
+    if isinstance(exit_, HltExit):
+        return "ok"
+    if isinstance(exit_, MemoryFaultExit):
+        return exit_.refusal.rule
+    return type(exit_).__name__.removesuffix("Exit").lower()
+
+
+def _positions(coroutine: Any) -> Iterator[str]:
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        if frame is None:
+            return
+        yield f"{frame.f_code.co_qualname}+{frame.f_lasti}"
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+
+
+def _close(coroutine: Call) -> None:
+    """Close a coroutine that may await while it unwinds, which close() takes for a refusal to go."""
+    for _ in range(1000):
+        try:
+            coroutine.close()
+        except RuntimeError:
+            continue
+        except Exception:
+            return
+        return
