@@ -1,4 +1,4 @@
-"""CpuState: every register goes in and comes back, and the mode that follows is QEMU's own."""
+"""Cpu: every register goes in and comes back, and the mode that follows is QEMU's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unicorn import x86_const
 
-from guestmem.cpu.cpu_state import CpuState
+from guestmem.cpu.cpu_state import HF_GUEST, HF_IOBPT, RFLAGS_VM
 from guestmem.cpu.registers import DescriptorTable, Regs, Segment, Sregs
 from guestmem.cpu.uc_core import Core
 from guestmem.cpu.x86_env import GENERAL
@@ -65,23 +65,22 @@ REGS = st.builds(
 @LINEAR
 @given(sregs=SREGS, regs=REGS)
 def test_round_trip_through_the_cpu(core: Core, sregs: Sregs, regs: Regs) -> None:
-    state = core.state
-    state.load()
-    state.set_sregs(sregs)
-    state.set_regs(regs)
-    state.store()
-    state.set_sregs(Sregs())
-    state.set_regs(Regs())
-    state.load()
-    assert state.get_sregs() == dataclasses.replace(sregs, apic_base=Sregs().apic_base)
-    assert state.get_regs() == regs
+    cpu = core.cpu
+    cpu.set_sregs(sregs)
+    cpu.set_regs(regs)
+    cpu.save()
+    cpu.set_sregs(Sregs())
+    cpu.set_regs(Regs())
+    cpu.restore()
+    assert cpu.get_sregs() == dataclasses.replace(sregs, apic_base=Sregs().apic_base)
+    assert cpu.get_regs() == regs
 
 
 def test_unusable_is_not_present(core: Core) -> None:
     sregs = Sregs()
     sregs.ldt.present, sregs.ldt.unusable = 1, 1
-    core.state.set_sregs(sregs)
-    ldt = core.state.get_sregs().ldt
+    core.cpu.set_sregs(sregs)
+    ldt = core.cpu.get_sregs().ldt
     assert (ldt.present, ldt.unusable) == (0, 1)
 
 
@@ -102,27 +101,21 @@ def test_mode(core: Core, cr0: int, efer: int, cs_l: int, cs_db: int, ss_dpl: in
     bits |= {"TS": 1 << 11, "LMA": 1 << 14, "CS64": 1 << 15}
     sregs = Sregs(cr0=cr0, efer=efer)
     sregs.cs.base, sregs.cs.l, sregs.cs.db, sregs.ss.dpl = 0, cs_l, cs_db, ss_dpl
-    core.state.set_sregs(sregs)
-    core.state.set_regs(Regs())
-    assert core.state.env.hflags & sum(bits.values()) == sum(bits[name] for name in hflags.split())
+    core.cpu.set_sregs(sregs)
+    core.cpu.set_regs(Regs())
+    assert core.cpu.env.hflags & sum(bits.values()) == sum(bits[name] for name in hflags.split())
 
 
 def test_the_public_interface_agrees(core: Core) -> None:
-    core.state.set_regs(Regs(r15=0x1234, rip=0x5678, rflags=0xCD7))
-    core.state.store()
-    numbers = (x86_const.UC_X86_REG_R15, x86_const.UC_X86_REG_RIP, x86_const.UC_X86_REG_RFLAGS)
-    assert [core.read_register(number) for number in numbers] == [0x1234, 0x5678, 0xCD7]
+    core.cpu.set_regs(Regs(r15=0x1234, rip=0x5678))
+    numbers = (x86_const.UC_X86_REG_R15, x86_const.UC_X86_REG_RIP)
+    assert [core.read_register(number) for number in numbers] == [0x1234, 0x5678]
     core.write_register(x86_const.UC_X86_REG_CR2, 0x9ABC)
-    core.state.load()
-    assert core.state.get_sregs().cr2 == 0x9ABC
+    assert core.cpu.get_sregs().cr2 == 0x9ABC
 
 
-def test_contexts_are_separate(core: Core) -> None:
-    other = CpuState(core.handle)
-    core.state.set_regs(Regs(rax=1))
-    core.state.store()
-    other.load()
-    other.set_regs(Regs(rax=2))
-    core.state.load()
-    assert (core.state.get_regs().rax, other.get_regs().rax) == (1, 2)
-    other.free()
+def test_what_is_ours_stays(core: Core) -> None:
+    """The bits that make port and MSR exits exact are no state of the guest's."""
+    core.cpu.set_sregs(Sregs())
+    core.cpu.set_regs(Regs(rflags=RFLAGS_VM))
+    assert core.cpu.env.hflags & (HF_IOBPT | HF_GUEST) == HF_IOBPT | HF_GUEST

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from unicorn import unicorn_const
 
 from guestmem.cpu import uc_native
-from guestmem.cpu.cpu_state import CpuState
+from guestmem.cpu.cpu_state import Cpu
 from guestmem.cpu.guest_walk import (
     CR0_PE,
     CR0_PG,
@@ -116,18 +116,9 @@ class NativeMmu:
         self.handle = uc_native.open_handle()
         uc_native.set_tlb_mode(self.handle, unicorn_const.UC_TLB_CPU)
         uc_native.mem_map_ptr(self.handle, 0, PAGES * PAGE, 7, ctypes.addressof(self._view))
-        self.state = CpuState(self.handle)
-        self.state.load()
-        self.vector = -1
-        self._hook = uc_native.InterruptHook(self._interrupt)
-        uc_native.hook_add(self.handle, unicorn_const.UC_HOOK_INTR, self._hook)
-
-    def _interrupt(self, _uc: int, vector: int, _data: int) -> None:
-        self.vector = vector
-        uc_native.emu_stop(self.handle)
+        self.cpu = Cpu(self.handle)
 
     def close(self) -> None:
-        self.state.free()
         uc_native.close(self.handle)
         del self._view
         self.memory.close()
@@ -140,19 +131,15 @@ class NativeMmu:
         sregs = Sregs(cr0=paging.cr0, cr3=paging.cr3, cr4=paging.cr4, efer=paging.efer)
         sregs.cs = Segment(0, 0xFFFFFFFF, 8 + cpl, type=11, dpl=cpl, l=long_mode, db=1 - long_mode, g=1)
         sregs.ss = sregs.ds = Segment(0, 0xFFFFFFFF, 16 + cpl, type=3, dpl=cpl, db=1, g=1)
-        self.state.set_sregs(sregs)
-        self.state.set_regs(Regs(rip=code, rdi=linear, rax=0xCC, rflags=2 | int(paging.ac) << 18))
-        self.state.tail.old_exception = -1
-        self.state.store()
+        self.cpu.set_sregs(sregs)
+        self.cpu.set_regs(Regs(rip=code, rdi=linear, rax=0xCC, rflags=2 | int(paging.ac) << 18))
+        self.cpu.tail.old_exception = -1
         uc_native.flush_tlb(self.handle)
         uc_native.flush_code(self.handle)
-        self.vector = -1
         error = uc_native.emu_start(self.handle, code, 0, 0, 0)
-        assert error == 0, uc_native.error_text(error)
-        self.state.load()
-        if self.vector == 3:
-            return self.memory[:]
-        return WalkFault(self.vector, self.state.tail.error_code)
+        assert error == uc_native.ERR_EXCEPTION, uc_native.error_text(error)
+        vector = self.cpu.pass_end.exception_index
+        return self.memory[:] if vector == 3 else WalkFault(vector, self.cpu.tail.error_code)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from guestmem.cpu.engine import Halt, PortIn, PortOut, Stage2Miss
-from guestmem.cpu.port_io import decode
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, DATA, PAGE, TABLES, Memory, run, start_long, start_real
 
@@ -195,15 +194,26 @@ def test_more_sites_than_are_remembered(engine: UnicornEngine, memory: Memory) -
 
 
 @pytest.mark.parametrize(
-    ("code", "code64", "expected"),
+    ("code", "rcx", "left"),
     [
-        (b"\xe6\x80\x90", False, (b"\xe6\x80", False)),
-        (b"\x66\x48\xed\x90", True, (b"\x66\x48\xed", False)),
-        (b"\xf3\x67\x6e\x90", False, (b"\xf3\x67\x6e", True)),
-        (b"\x48\xed", False, None),
-        (b"\x90", True, None),
-        (b"\x66" * 20, True, None),
+        (b"\xf3\x6e", 0x1_0000_0001, 0x1_0000_0000),
+        (b"\xf2\x6e", 2, 1),
+        (b"\x67\xf3\x6e", 0x1_0000_0002, 1),
+        (b"\x6e", 5, 5),
     ],
+    ids=["rep", "repne", "addr32", "no rep"],
 )
-def test_decode(code: bytes, code64: bool, expected: tuple[bytes, bool] | None) -> None:
-    assert decode(lambda at, size: code[at : at + size], 0, code64) == expected
+def test_the_counter_of_a_rep(engine: UnicornEngine, memory: Memory, code: bytes, rcx: int, left: int) -> None:
+    start(engine, memory, code + HLT, rsi=DATA, rdx=0x70, rcx=rcx)
+    assert run(engine) == PortOut(0x70, 1, 0)
+    assert engine.get_regs().rcx == left
+
+
+def test_the_counter_has_16_bits_in_16_bit_code(engine: UnicornEngine, memory: Memory) -> None:
+    start_real(engine, memory, b"\xf3\x6e" + HLT)
+    regs = engine.get_regs()
+    regs.rcx, regs.rsi = 0x7_0001, DATA
+    engine.set_regs(regs)
+    assert run(engine) == PortOut(0, 1, 0)
+    assert engine.get_regs().rcx == 0x7_0000
+    assert run(engine) == Halt()

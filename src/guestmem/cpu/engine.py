@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple, Protocol, TypeAlias
 
-from guestmem.cpu.registers import Regs, Sregs
+from guestmem.cpu.registers import DebugRegisters, Events, Regs, Sregs
 
 
 class HostWindow(NamedTuple):
@@ -70,7 +70,7 @@ class PortOut:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PortIn:
-    """IN of `size` bytes. `Engine.complete(value)`, then run, finishes it."""
+    """IN of `size` bytes. `Engine.complete(value)` finishes it; run without it asks again."""
 
     port: int
     size: int
@@ -87,7 +87,7 @@ class MmioWrite:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MmioRead:
-    """Answer of `Engine.emulate_mmio`: the guest wants `size` bytes of `gpa`. `complete(value)`, then run."""
+    """Answer of `Engine.emulate_mmio`: the guest wants `size` bytes of `gpa`. `complete(value)` executes with it."""
 
     gpa: int
     size: int
@@ -116,6 +116,11 @@ class Shutdown:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class InterruptWindow:
+    """The guest could take an interrupt before its next instruction, and `request_interrupt_window` asks to know."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SliceOver:
     """The slice has ended between two instructions. Run again."""
 
@@ -129,7 +134,17 @@ class Failed:
 
 
 Stop: TypeAlias = (
-    Stage2Miss | PortOut | PortIn | MmioWrite | MmioRead | Halt | Hypercall | Shutdown | SliceOver | Failed
+    Stage2Miss
+    | PortOut
+    | PortIn
+    | MmioWrite
+    | MmioRead
+    | Halt
+    | Hypercall
+    | Shutdown
+    | InterruptWindow
+    | SliceOver
+    | Failed
 )
 
 CpuidTable: TypeAlias = dict[tuple[int, int], tuple[int, int, int, int]]
@@ -151,7 +166,11 @@ class Engine(Protocol):
         ...
 
     def complete(self, value: int) -> None:
-        """The value that the last PortIn, MmioRead or Hypercall asked for."""
+        """The value that the last PortIn, MmioRead or Hypercall asked for. Its instruction is finished at once.
+
+        If the instruction meets another stop (a second access, a page that stage 2 does not hold), the next run returns
+        that. So a VMM may leave the guest after `complete`, as KVM_RUN with immediate_exit does.
+        """
         ...
 
     def flush_tlb(self) -> None:
@@ -170,4 +189,64 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds. Idempotent."""
+        ...
+
+
+class CpuState(Protocol):
+    """The rest of the state of a vCPU, which an engine has that executes real code. To be used between two runs."""
+
+    request_interrupt_window: bool
+    """Whether `run` returns InterruptWindow. Field of struct kvm_run."""
+
+    def get_fpu(self) -> bytes:
+        """The FXSAVE64 image, 512 bytes."""
+        ...
+
+    def set_fpu(self, image: bytes) -> None:
+        """Raises: ValueError, for a wrong size or reserved bits of MXCSR."""
+        ...
+
+    def get_xsave(self) -> bytes:
+        """The XSAVE area in standard form: 512 bytes of FXSAVE, 64 of header."""
+        ...
+
+    def set_xsave(self, area: bytes) -> None:
+        """Of `area` the first 576 bytes. Raises: ValueError, for state that there is not, or as `set_fpu`."""
+        ...
+
+    def get_xcr0(self) -> int: ...
+
+    def set_xcr0(self, value: int) -> None:
+        """Raises: ValueError, without x87 (bit 0) or for state that there is not."""
+        ...
+
+    def get_debug_registers(self) -> DebugRegisters: ...
+
+    def set_debug_registers(self, registers: DebugRegisters) -> None:
+        """State only: a breakpoint hits once the guest itself has loaded DR7. Raises: ValueError, as KVM has EINVAL."""
+        ...
+
+    def get_msr(self, index: int) -> int | None:
+        """None if there is no such register."""
+        ...
+
+    def set_msr(self, index: int, value: int) -> bool:
+        """False if there is no such register or it does not take the value."""
+        ...
+
+    def get_events(self) -> Events: ...
+
+    def set_events(self, events: Events) -> None: ...
+
+    def queue_interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT. The guest takes it as soon as RFLAGS.IF is set and no shadow is."""
+        ...
+
+    def queue_nmi(self) -> None:
+        """KVM_NMI."""
+        ...
+
+    @property
+    def ready_for_interrupt_injection(self) -> bool:
+        """Whether the guest would take an interrupt now, and none waits. Field of struct kvm_run."""
         ...

@@ -20,7 +20,7 @@ from guestmem.cpu.guest_memory import GuestFault, LinearMemory
 from guestmem.cpu.guest_walk import CR0_PE, EFER_LMA
 from guestmem.cpu.registers import DescriptorTable, Regs, Segment, Sregs
 
-DB, BP, OF, UD, DF, TS, NP, SS, GP, PF = 1, 3, 4, 6, 8, 10, 11, 12, 13, 14
+DB, NMI, BP, OF, UD, DF, TS, NP, SS, GP, PF = 1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14
 _WITH_ERROR_CODE = frozenset((DF, TS, NP, SS, GP, PF, 17, 21))
 _CONTRIBUTORY = frozenset((0, TS, NP, SS, GP))
 _FAULTS = frozenset((0, 5, UD, 7, TS, NP, SS, GP, PF, 16, 17, 19))
@@ -36,17 +36,26 @@ class Unsupported(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
-    """An exception, or an INT instruction of `length` bytes that RIP is past. `address` is CR2 of a page fault."""
+    """An exception, an interrupt from outside, or an INT instruction of `length` bytes that RIP is past.
+
+    `address` is CR2 of a page fault.
+    """
 
     vector: int
     error_code: int = 0
     length: int = 0
     address: int = 0
+    external: bool = False
 
     @property
     def software(self) -> bool:
         """Whether an INT instruction asked for it."""
         return self.length > 0
+
+    @property
+    def exception(self) -> bool:
+        """Whether it is one: with an error code, and perhaps half of a double fault."""
+        return not self.software and not self.external
 
 
 class _Gate(NamedTuple):
@@ -66,6 +75,11 @@ class _Stack(NamedTuple):
     pointer: int
     base: int
     mask: int
+
+
+def has_error_code(vector: int) -> bool:
+    """Whether the exception pushes one."""
+    return vector in _WITH_ERROR_CODE
 
 
 def deliver(event: Event, regs: Regs, sregs: Sregs, memory: LinearMemory) -> bool:
@@ -92,7 +106,7 @@ def deliver(event: Event, regs: Regs, sregs: Sregs, memory: LinearMemory) -> boo
 
 
 def _makes_double_fault(first: Event, second: Event) -> bool:
-    if first.software:
+    if not first.exception:
         return False
     if first.vector == PF:
         return second.vector in _CONTRIBUTORY or second.vector == PF
@@ -228,11 +242,11 @@ class _Delivery:
     def push(self, size: int, stack: _Stack) -> int:
         """Push the frame; the stack pointer after it."""
         regs, sregs, event = self.regs, self.sregs, self.event
-        resume = RFLAGS_RF if event.vector in _FAULTS and not event.software else 0
+        resume = RFLAGS_RF if event.vector in _FAULTS and event.exception else 0
         frame = [regs.rflags | resume, sregs.cs.selector, self.rip]
         if self.long_mode or stack.segment is not None:
             frame[:0] = [sregs.ss.selector, regs.rsp]
-        if event.vector in _WITH_ERROR_CODE and not event.software:
+        if event.vector in _WITH_ERROR_CODE and event.exception:
             frame.append(event.error_code)
         pointer = stack.pointer
         for word in frame:

@@ -1,26 +1,27 @@
-"""Instructions that Unicorn leaves to its user: CPUID, VMCALL and VMMCALL, SYSCALL and SYSENTER, INT.
+"""Instructions that Unicorn leaves to its user: CPUID, RDTSC, MSRs, VMCALL and VMMCALL, SYSCALL and SYSENTER, INT.
 
-CPUID is answered from inside of its hook. SYSCALL ends the pass, because it changes segments. A hypercall is an invalid
-instruction to Unicorn, so it is looked at where it stands.
+CPUID and RDTSC are answered from inside of their hook. RDMSR and WRMSR are exits of the CPU, and done here. SYSCALL
+ends the pass, because it changes segments. A hypercall is an invalid instruction to Unicorn, so it is looked at where
+it stands.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 from unicorn import x86_const
 
 from guestmem.cpu import cpuid, fast_calls, uc_native
-from guestmem.cpu.cpu_state import HF_CPL, HF_CS64
-from guestmem.cpu.engine import CpuidTable, Hypercall
-from guestmem.cpu.exceptions import BP, OF, Event
+from guestmem.cpu.cpu_state import HF_CPL, HF_CS64, HF_INHIBIT_IRQ
+from guestmem.cpu.engine import Hypercall
+from guestmem.cpu.exceptions import BP, GP, OF, RFLAGS_RF, Event
 from guestmem.cpu.guest_memory import GuestFault, Stage2Refused
+from guestmem.cpu.msrs import Msrs
 from guestmem.cpu.tlb import Tlb
 from guestmem.cpu.uc_core import HOOK_INSTRUCTION, Core, Signal
 from guestmem.cpu.x86_env import GENERAL, SEGMENTS
 
 _VMCALL, _VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
 _INT3, _INTO = b"\xcc", b"\xce"
+_TWO_BYTES, _RDMSR = 0x0F, 0x32
 _CS = SEGMENTS.index("cs")
 _RAX, _RCX, _RDX, _RBX, _RSI = (GENERAL.index(name) for name in ("rax", "rcx", "rdx", "rbx", "rsi"))
 _CPUID_ANSWER = (
@@ -33,13 +34,15 @@ _MASK_32, _MASK_64 = (1 << 32) - 1, (1 << 64) - 1
 
 
 class Instructions:
-    """See the module. `cpuid` is the table of CPUID."""
+    """See the module."""
 
     def __init__(self, core: Core, tlb: Tlb) -> None:
         self._core, self._tlb = core, tlb
-        self.cpuid: CpuidTable = {}
+        self.msrs = Msrs(core.handle, core.cpu)
         for instruction, callback in (
             (x86_const.UC_X86_INS_CPUID, self._on_cpuid),
+            (x86_const.UC_X86_INS_RDTSC, self._on_rdtsc),
+            (x86_const.UC_X86_INS_RDTSCP, self._on_rdtscp),
             (x86_const.UC_X86_INS_SYSCALL, self._on_syscall),
             (x86_const.UC_X86_INS_SYSENTER, self._on_sysenter),
         ):
@@ -48,7 +51,7 @@ class Instructions:
 
     def linear_rip(self) -> int:
         """The linear address of the current instruction."""
-        env = self._core.sync().env
+        env = self._core.cpu.env
         return int(env.segs[_CS].base + env.eip)
 
     def hypercall(self) -> Hypercall | None:
@@ -59,7 +62,7 @@ class Instructions:
             return None
         if code not in (_VMCALL, _VMMCALL):
             return None
-        env = self._core.sync().env
+        env = self._core.cpu.env
         env.eip += len(code)
         mask = _MASK_64 if env.hflags & HF_CS64 else _MASK_32
         nr, rbx, rcx, rdx, rsi = (env.regs[i] & mask for i in (_RAX, _RBX, _RCX, _RDX, _RSI))
@@ -67,21 +70,43 @@ class Instructions:
 
     def finish_hypercall(self, value: int) -> None:
         """The result goes to RAX; to EAX outside of 64-bit code."""
-        env = self._core.modify().env
+        env = self._core.cpu.env
         env.regs[_RAX] = value & (_MASK_64 if env.hflags & HF_CS64 else _MASK_32)
 
     def enter_kernel(self, kind: Signal) -> Event | None:
         """SYSCALL or SYSENTER, which RIP is past. The exception that it raises instead, at the instruction."""
-        state = self._core.modify()
-        regs, sregs = state.get_regs(), state.get_sregs()
+        cpu = self._core.cpu
+        regs, sregs = cpu.get_regs(), cpu.get_sregs()
         enter = fast_calls.syscall if kind is Signal.SYSCALL else fast_calls.sysenter
         try:
-            enter(regs, sregs, partial(uc_native.msr_read, self._core.handle))
+            enter(regs, sregs, self._msr)
         except GuestFault as fault:
-            state.env.eip -= fast_calls.LENGTH
+            cpu.env.eip -= fast_calls.LENGTH
             return Event(fault.vector, fault.error_code)
-        state.set_regs(regs)
-        state.set_sregs(sregs)
+        cpu.set_regs(regs)
+        cpu.set_sregs(sregs)
+        return None
+
+    def access_msr(self) -> Event | None:
+        """RDMSR or WRMSR at RIP, which moves past it. The exception that it raises instead.
+
+        Raises: GuestFault, Stage2Refused.
+        """
+        env, place = self._core.cpu.env, self.linear_rip()
+        code = self._tlb.code_bytes(place, 2)
+        while code[-2] != _TWO_BYTES:
+            code += self._tlb.code_bytes(place + len(code), 1)
+        index = env.regs[_RCX] & _MASK_32
+        if code[-1] == _RDMSR:
+            value = self.msrs.get(index)
+            if value is None:
+                return Event(GP)
+            env.regs[_RAX], env.regs[_RDX] = value & _MASK_32, value >> 32
+        elif not self.msrs.set(index, env.regs[_RAX] & _MASK_32 | (env.regs[_RDX] & _MASK_32) << 32, guest=True):
+            return Event(GP)
+        env.eip += len(code)
+        env.hflags &= ~HF_INHIBIT_IRQ
+        env.eflags &= ~RFLAGS_RF
         return None
 
     def int_length(self, vector: int) -> int:
@@ -93,9 +118,24 @@ class Instructions:
         """1 tells Unicorn that CPUID is done."""
         core = self._core
         leaf, subleaf = core.read_register(x86_const.UC_X86_REG_EAX), core.read_register(x86_const.UC_X86_REG_ECX)
-        for register, value in zip(_CPUID_ANSWER, cpuid.lookup(self.cpuid, leaf, subleaf), strict=True):
+        for register, value in zip(_CPUID_ANSWER, cpuid.lookup(self.msrs.cpuid, leaf, subleaf), strict=True):
             core.write_register(register, value)
         return 1
+
+    def _on_rdtsc(self, _uc: int, _data: int) -> int:
+        regs, value = self._core.cpu.env.regs, self.msrs.tsc()
+        regs[_RAX], regs[_RDX] = value & _MASK_32, value >> 32
+        return 1
+
+    def _on_rdtscp(self, uc: int, data: int) -> int:
+        self._core.cpu.env.regs[_RCX] = self._core.cpu.msrs.tsc_aux & _MASK_32
+        return self._on_rdtsc(uc, data)
+
+    def _msr(self, index: int) -> int:
+        """One that there is."""
+        value = self.msrs.get(index)
+        assert value is not None
+        return value
 
     def _on_syscall(self, _uc: int, _data: int) -> int:
         self._core.stop(Signal.SYSCALL)

@@ -30,6 +30,7 @@ class Mmio:
         self._values: list[int] = []
         self._next = 0
         self._image = (0, 1, 0)
+        self._aborted = False
         self.writes: deque[MmioWrite] = deque()
         self._access_hook = uc_native.MemoryHook(core.guard(self._access))
         self._read_hook = uc_native.MmioReadHook(core.guard(self._read, 0))
@@ -58,8 +59,9 @@ class Mmio:
 
     def begin(self) -> int:
         """Watch a step. The handle of the hook, for `end`."""
-        self._next, self._image = 0, (0, 1, 0)
+        self._next, self._image, self._aborted = 0, (0, 1, 0), False
         self.writes.clear()
+        self._core.cpu.save()
         return uc_native.hook_add(self._core.handle, HOOK_MEMORY, self._access_hook, MMIO_BASE, 2 * MMIO_BASE - 1)
 
     def end(self, hook: int) -> None:
@@ -69,13 +71,10 @@ class Mmio:
         pass that does nothing takes it out.
         """
         core = self._core
-        cause, refused, fault_address = core.cause, core.refused, core.fault_address
+        if self._aborted:
+            core.cpu.restore()
         uc_native.hook_del(core.handle, hook)
-        core.modify()
-        uc_native.flush_tlb(core.handle)
-        core.emulate(sealed=True)
-        core.roll_back()
-        core.cause, core.refused, core.fault_address = cause, refused, fault_address
+        core.sealed_pass()
 
     def next_write(self) -> MmioWrite | None:
         """The oldest write that was not reported yet."""
@@ -120,6 +119,6 @@ class Mmio:
             self._abort(Signal.MMIO_CROSSED)
 
     def _abort(self, cause: Cause) -> None:
-        """End the step before it has changed a register."""
-        self._core.roll_back()
+        """End the step; what it has changed is taken back."""
+        self._aborted = True
         self._core.stop(cause)

@@ -1,143 +1,152 @@
 """IN, OUT, INS and OUTS: exits that are exact.
 
-Unicorn calls a hook from the middle of a translation block, and a stop asked for there takes effect at the next load,
-store or block: up to then further instructions run. What makes it take effect at once is a code hook on the instruction
-that follows, because a stop is looked for in front of each such instruction. So each port instruction is learned when
-it is first met: that pass is sealed against memory, rolled back, the hook is added and the instruction runs again.
+Unicorn calls a hook from the middle of a block and goes on with the instructions that follow. What stops it at once is
+an I/O breakpoint: with HF_IOBPT each port instruction asks for one right after its hook, and the hook sets DR0 and DR7
+so that it hits. The #DB that it raises ends the pass between the two instructions; the registers of the guest's own
+breakpoints are put back, so a guest has no I/O breakpoints.
 
-OUT and OUTS are complete when their exit is seen; a REP executes one element per exit. IN and INS are rolled back, so
-that the registers at the exit are those before the instruction, and run again with the value. (INS writes zeros to its
-destination before it asks the port, as QEMU has it.)
+OUT and OUTS are complete when their exit is seen; a REP executes one element per exit. IN and INS have executed with a
+zero, which is taken back: at the exit, registers are those before the instruction. The value completes IN by itself;
+INS is stepped once more, with the value. (INS has written zeros to its destination before it asks the port, as QEMU has
+it.)
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
-from typing import NamedTuple
 
 from unicorn import x86_const
 
 from guestmem.cpu import uc_native
-from guestmem.cpu.cpu_state import HF_CPL, HF_CS64
+from guestmem.cpu.cpu_state import HF_CPL, HF_CS64, HF_INHIBIT_IRQ
 from guestmem.cpu.engine import PortIn, PortOut
-from guestmem.cpu.guest_memory import GuestFault, LinearMemory
+from guestmem.cpu.exceptions import GP, RFLAGS_RF
+from guestmem.cpu.guest_memory import GuestFault, LinearMemory, Stage2Refused
 from guestmem.cpu.guest_walk import CR0_PE
 from guestmem.cpu.registers import Sregs
 from guestmem.cpu.tlb import Tlb
-from guestmem.cpu.uc_core import HOOK_CODE, HOOK_INSTRUCTION, Core, Signal
-from guestmem.cpu.x86_env import SEGMENTS, Env, SegmentCache
+from guestmem.cpu.uc_core import HOOK_INSTRUCTION, Core, Signal
+from guestmem.cpu.x86_env import GENERAL, SEGMENTS, Env
 
-_SITES_MAX = 256
-_INSTRUCTION_MAX = 15
-_PREFIXES = frozenset(b"\x66\x67\xf2\xf3\x2e\x36\x3e\x26\x64\x65\xf0")
-_IMMEDIATE, _REGISTER, _STRING = b"\xe4\xe5\xe6\xe7", b"\xec\xed\xee\xef", b"\x6c\x6d\x6e\x6f"
-_CS_BASE = Env.segs.offset + SEGMENTS.index("cs") * ctypes.sizeof(SegmentCache) + SegmentCache.base.offset
-_PLACE = struct.Struct(f"<QQ{Env.hflags.offset - Env.cc_dst.offset}xI{_CS_BASE - Env.hflags2.offset}xQ")
-"""EIP, RFLAGS without arithmetic flags, hflags, base of CS."""
-
-
-class _Site(NamedTuple):
-    """A port instruction that was learned. `hook` stands on the instruction after it."""
-
-    code: bytes
-    string: bool
-    hook: int
+_REP = frozenset(b"\xf2\xf3")
+_ADDRESS_SIZE = 0x67
+_CS = SEGMENTS.index("cs")
+_RAX, _RCX, _RSI, _RDI = (GENERAL.index(name) for name in ("rax", "rcx", "rsi", "rdi"))
+_REGISTERS = struct.Struct(f"<Q40xQQ64xQQ{Env.hflags.offset - Env.cc_dst.offset}xI")
+"""RAX, RSI, RDI, EIP, RFLAGS without arithmetic flags, hflags."""
+_DEBUG = struct.Struct("<Q40xQQ")
+"""DR0, DR6, DR7."""
+_DR7_PORT_IN_DR0 = 0x400 | 2 << 16 | 1
+_ANSWER_MASK = {1: ~0xFF, 2: ~0xFFFF, 4: 0}
+_HF_CS32 = 1 << 4
+_MASK_16, _MASK_32, _MASK_64 = (1 << 16) - 1, (1 << 32) - 1, (1 << 64) - 1
 
 
 class PortIo:
-    """The hooks, and the port instructions that were learned, by linear address."""
+    """The hooks. `supply` is the RIP of an INS and its value."""
 
     def __init__(self, core: Core, tlb: Tlb) -> None:
         self._core, self._tlb = core, tlb
-        self._sites: dict[int, _Site] = {}
-        self._unknown = 0
-        self._view = core.state.bytes
-        self.stepping = False
-        self.supply: int | None = None
-        self.permitted = False
-        self.asked = (0, 0)
+        self._view = core.cpu.view
+        dr = core.cpu.tail.dr
+        self._debug = memoryview((ctypes.c_char * ctypes.sizeof(dr)).from_address(ctypes.addressof(dr))).cast("B")
+        self._before: tuple[int, ...] = (0,) * 6
+        self._debug_before: tuple[int, ...] = (0,) * 3
+        self._next, self._string = 0, False
+        self.supply: tuple[int, int] | None = None
         out, inp = uc_native.OutHook(core.guard(self._out)), uc_native.InHook(core.guard(self._in, 0))
         core.hook(HOOK_INSTRUCTION, out, instruction=x86_const.UC_X86_INS_OUT)
         core.hook(HOOK_INSTRUCTION, inp, instruction=x86_const.UC_X86_INS_IN)
 
     def _out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
         core = self._core
-        if core.cause is not None:
-            return
-        core.state.load()
-        site = self._enter(port, size)
-        if site is None:
-            return
-        if not (site.string or self.stepping):
-            core.state.env.eip += len(site.code)
-            core.fresh = True
-        core.stop(PortOut(port, size, value))
+        if core.cause is None:
+            core.cause = self._enter(port, size) or PortOut(port, size, value)
 
     def _in(self, _uc: int, port: int, size: int, _data: int) -> int:
         core = self._core
         if core.cause is not None:
             return 0
-        if self.supply is not None:
-            value, self.supply = self.supply, None
-            return value & (1 << size * 8) - 1
-        core.state.load()
-        if self._enter(port, size) is not None:
-            core.roll_back()
-            core.stop(PortIn(port, size))
+        refused = self._enter(port, size)
+        supply, self.supply = self.supply, None
+        if refused is None and supply is not None and supply[0] == self._before[3]:
+            core.cause = Signal.PORT_IN_DONE
+            return supply[1] & (1 << size * 8) - 1
+        core.cause = refused or PortIn(port, size)
         return 0
 
-    def _enter(self, port: int, size: int) -> _Site | None:
-        """The site of the instruction; None if the pass ends for another reason, rolled back to the instruction."""
-        core = self._core
-        eip, eflags, hflags, cs_base = _PLACE.unpack_from(self._view, Env.eip.offset)
-        if hflags & HF_CPL > eflags >> 12 & 3 and not self.permitted:
-            self.asked = (port, size)
-            core.roll_back()
-            core.stop(Signal.PORT_NOT_PERMITTED)
-            return None
-        self.permitted = False
-        place = cs_base + eip
-        site = self._sites.get(place)
-        if site is not None and self._tlb.code_bytes(place, len(site.code)) == site.code:
-            return site
-        self._unknown = place
-        core.roll_back()
-        core.seal()
-        core.stop(Signal.UNKNOWN_PORT_SITE)
+    def _enter(self, port: int, size: int) -> GuestFault | Stage2Refused | None:
+        """End the pass after this instruction. What happens instead of it, None if it is to happen."""
+        before = self._before = _REGISTERS.unpack_from(self._view)
+        self._debug_before = _DEBUG.unpack_from(self._debug)
+        _DEBUG.pack_into(self._debug, 0, port, 0, _DR7_PORT_IN_DR0)
+        if before[5] & HF_CPL > before[4] >> 12 & 3:
+            try:
+                if not io_permitted(self._core.cpu.get_sregs(), self._tlb.linear_memory(), port, size):
+                    return GuestFault(GP, 0)
+            except Stage2Refused as refused:
+                return refused
         return None
 
-    def learn(self) -> bool:
-        """Learn the instruction that ended the last pass. False if it is none that can be decoded."""
-        core, place = self._core, self._unknown
-        decoded = decode(self._tlb.code_bytes, place, code64=bool(core.state.env.hflags & HF_CS64))
-        if decoded is None:
+    def roll_back(self) -> None:
+        """The registers before the instruction."""
+        env, before = self._core.cpu.env, self._before
+        regs = env.regs
+        self._next, self._string = env.eip, regs[_RDI] != before[2]
+        regs[_RAX], regs[_RSI], regs[_RDI], env.eip = before[:4]
+        _DEBUG.pack_into(self._debug, 0, *self._debug_before)
+
+    def finish(self) -> None:
+        """The registers after the instruction, or after one element of a REP, which stays where it is.
+
+        Raises, when it has rolled them back: GuestFault, Stage2Refused. The instruction can be repeated.
+        """
+        _DEBUG.pack_into(self._debug, 0, *self._debug_before)
+        after = _REGISTERS.unpack_from(self._view)
+        if after[1:3] != self._before[1:3]:
+            self._count()
+        if after[5] & HF_INHIBIT_IRQ or after[4] & RFLAGS_RF:
+            self._instruction_done()
+
+    def _count(self) -> None:
+        """INS or OUTS: the counter of a REP."""
+        env, eip = self._core.cpu.env, self._before[3]
+        try:
+            code = self._tlb.code_bytes(env.segs[_CS].base + eip, env.eip - eip)
+        except (GuestFault, Stage2Refused):
+            self.roll_back()
+            raise
+        if _REP & set(code):
+            mask = _counter(env.hflags, _ADDRESS_SIZE in code)
+            count = env.regs[_RCX]
+            # A counter of 32 bits clears the upper half; one of 16 leaves the rest.
+            env.regs[_RCX] = (count - 1 & mask) | (count & ~_MASK_16 if mask == _MASK_16 else 0)
+            env.eip = eip
+
+    def answer(self, size: int, value: int) -> bool:
+        """`value` for the IN that was rolled back; False for an INS, which takes `supply` and a step."""
+        env = self._core.cpu.env
+        if self._string:
+            self.supply = env.eip, value
             return False
-        code, string = decoded
-        known = self._sites
-        for old in [place] if place in known else list(known) if len(known) >= _SITES_MAX else []:
-            uc_native.hook_del(core.handle, known.pop(old).hook)
-        after = place + len(code)
-        hook = uc_native.hook_add(core.handle, HOOK_CODE, uc_native.NOTHING, after, after)
-        known[place] = _Site(code, string, hook)
-        self._tlb.flush_code()
+        env.regs[_RAX] = env.regs[_RAX] & _ANSWER_MASK[size] | value & (1 << size * 8) - 1
+        env.eip = self._next
+        self._instruction_done()
         return True
 
+    def _instruction_done(self) -> None:
+        """What lasts for one instruction is over."""
+        env = self._core.cpu.env
+        env.hflags &= ~HF_INHIBIT_IRQ
+        env.eflags &= ~RFLAGS_RF
 
-def decode(fetch: Callable[[int, int], bytes], place: int, code64: bool) -> tuple[bytes, bool] | None:
-    """The bytes of the port instruction at `place`, and whether it is INS or OUTS. Raises: what `fetch` raises."""
-    code = b""
-    while len(code) < _INSTRUCTION_MAX:
-        byte = fetch(place + len(code), 1)
-        code += byte
-        if byte in _IMMEDIATE:
-            return code + fetch(place + len(code), 1), False
-        if byte in _REGISTER or byte in _STRING:
-            return code, byte in _STRING
-        if byte[0] not in _PREFIXES and not (code64 and byte[0] & 0xF0 == 0x40):
-            return None
-    return None
+
+def _counter(hflags: int, other_size: bool) -> int:
+    """The bits of the counter: the size of addresses, which a prefix changes to the other one."""
+    if hflags & HF_CS64:
+        return _MASK_32 if other_size else _MASK_64
+    return _MASK_16 if bool(hflags & _HF_CS32) is other_size else _MASK_32
 
 
 def io_permitted(sregs: Sregs, memory: LinearMemory, port: int, size: int) -> bool:

@@ -84,3 +84,35 @@ class Sregs:
     cr8: int = 0
     efer: int = 0
     apic_base: int = 0xFEE00900
+
+
+@dataclasses.dataclass(slots=True)
+class DebugRegisters:
+    """DR0 to DR3, DR6, DR7: struct kvm_debugregs."""
+
+    db: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dr6: int = 0xFFFF0FF0
+    dr7: int = 0x400
+
+
+@dataclasses.dataclass(slots=True)
+class Events:
+    """What waits to be delivered: struct kvm_vcpu_events, without SMIs and without the vector of a SIPI.
+
+    `exception_pending` is before the next instruction, `exception_injected` is being delivered; None in place of an
+    error code or payload (CR2 of a page fault) says that there is none. `interrupt_shadow` is
+    KVM_X86_SHADOW_INT_STI (2) or 0: the CPU does not tell STI from MOV SS.
+    """
+
+    exception_injected: bool = False
+    exception_pending: bool = False
+    exception_nr: int = 0
+    exception_error_code: int | None = None
+    exception_payload: int | None = None
+    interrupt_injected: bool = False
+    interrupt_nr: int = 0
+    interrupt_soft: bool = False
+    interrupt_shadow: int = 0
+    nmi_injected: bool = False
+    nmi_pending: bool = False
+    nmi_masked: bool = False

@@ -56,14 +56,13 @@ class Tlb:
         self.code = CodeWatch()
         self.mmio: frozenset[int] = frozenset()
         self._physical_bits, self._c_bit = 52, 0
-        self._windows: set[HostWindow] = set()
+        self._windows: set[HostWindow] = {core.cpu.own_window}
         self._missing: HostWindow | None = None
         self.refused_access = Access.READ
         self._fills, self._entries = 0, _ENTRIES_MIN
         self._fetched: dict[int, HostPage] = {}
         self._mode: tuple[int, ...] = ()
         self._paging = Paging(0, 0, 0, 0)
-        self._mode_view = memoryview(core.hook_state.bytes)
         core.hook(HOOK_TLB_FILL, uc_native.FillHook(core.guard(self._fill, False)))
 
     def set_address_bits(self, physical_bits: int, c_bit: int) -> None:
@@ -104,7 +103,7 @@ class Tlb:
 
     def linear_memory(self) -> LinearMemory:
         """The linear addresses of the registers as they are now."""
-        env = self._core.sync().env
+        env = self._core.cpu.env
         return LinearMemory(self._paging_of(env.eflags, env.hflags, env.cr, env.efer), self._physical)
 
     def code_bytes(self, linear: int, size: int) -> bytes:
@@ -124,8 +123,7 @@ class Tlb:
         if core.sealed:
             return False
         self._fills += 1
-        core.hook_state.load()
-        mode = _MODE.unpack_from(self._mode_view, Env.eflags.offset)
+        mode = _MODE.unpack_from(core.cpu.view, Env.eflags.offset)
         if mode != self._mode:
             self._mode = mode
             self._paging = self._paging_of(mode[0], mode[1], mode[2:7], mode[7])
@@ -175,7 +173,7 @@ class Tlb:
         At CPL 3 the CPU reads them as supervisor, to load a segment or call a gate. Unicorn does not tell such an
         access from one of the program, so a program that reads the page of its own GDT is not stopped.
         """
-        env = self._core.hook_state.env
+        env = self._core.cpu.env
         tables = (env.gdt, *(table for table in (env.ldt, env.tr) if table.selector))
         return any(table.base - PAGE < linear <= table.base + table.limit for table in tables)
 

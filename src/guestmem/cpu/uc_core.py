@@ -1,12 +1,15 @@
-"""One Unicorn instance: its handle, its hooks, the copy of its registers, and one pass of emulation.
+"""One Unicorn instance: its handle, its hooks, its registers, and one pass of emulation.
 
-A pass ends for one of three reasons. A hook asked for it: `cause` says why, and the first cause wins. A TLB fill was
-refused: `refused` says why, `fault_address` for which linear address, and the instruction has not happened. Or neither,
-and Unicorn's error code says all: none after HLT.
+A pass ends for one of four reasons. A hook asked for it: `cause` says why, and the first cause wins. A TLB fill was
+refused: `refused` says why, `fault_address` for which linear address, and the instruction has not happened. An
+exception or an exit of the SVM kind: `exception` is its number. Or none of these: `halted` tells HLT from the end of a
+slice.
 
-The registers live in the CPU during a pass and in `state` when somebody asked for them. `fresh`: `state` is what the
-CPU has. `dirty`: `state` is newer, the next pass stores it first. `eip` of `state` may be newer at any time, because a
-pass takes it as its argument.
+A stop that somebody asks for (`stop`, from a hook; `end_slice`, from the timer's thread) is taken at the start of a
+block, where it is exact. Unicorn by itself also looks for one after each load and store, when RIP is still on the
+instruction: after a store it would happen twice. `no_exit_request`, which exists for the IT blocks of ARM, leaves these
+checks out, and so makes loads and stores faster than in bare Unicorn. A step (`stepping`) wants them, because a read
+must be stopped before its value is used, and is of one instruction; no slice ends in it.
 """
 
 from __future__ import annotations
@@ -20,26 +23,22 @@ from typing import Any, TypeAlias
 from unicorn import unicorn_const, x86_const
 
 from guestmem.cpu import uc_native
-from guestmem.cpu.cpu_state import CpuState
+from guestmem.cpu.cpu_state import Cpu
 from guestmem.cpu.engine import MmioRead, PortIn, PortOut
 from guestmem.cpu.guest_memory import GuestFault, Stage2Refused
+from guestmem.cpu.slice_timer import shared as slice_timer
 
-HOOK_TLB_FILL = unicorn_const.UC_HOOK_TLB_FILL
-HOOK_BLOCK, HOOK_CODE = unicorn_const.UC_HOOK_BLOCK, unicorn_const.UC_HOOK_CODE
-HOOK_INTERRUPT, HOOK_INSTRUCTION = unicorn_const.UC_HOOK_INTR, unicorn_const.UC_HOOK_INSN
+HOOK_TLB_FILL, HOOK_INSTRUCTION = unicorn_const.UC_HOOK_TLB_FILL, unicorn_const.UC_HOOK_INSN
 HOOK_MEMORY = unicorn_const.UC_HOOK_MEM_READ | unicorn_const.UC_HOOK_MEM_WRITE
 
 
 class Signal(enum.Enum):
     """Causes that carry nothing."""
 
-    SLICE_OVER = enum.auto()
-    STEPPED = enum.auto()
     SYSCALL = enum.auto()
     SYSENTER = enum.auto()
-    UNKNOWN_PORT_SITE = enum.auto()
-    PORT_NOT_PERMITTED = enum.auto()
     MMIO_CROSSED = enum.auto()
+    PORT_IN_DONE = enum.auto()
 
 
 class Refill(enum.Enum):
@@ -49,8 +48,7 @@ class Refill(enum.Enum):
     CODE_CHANGED = enum.auto()
 
 
-Cause: TypeAlias = Signal | int | PortIn | PortOut | MmioRead
-"""An int is the vector of an exception."""
+Cause: TypeAlias = Signal | PortIn | PortOut | MmioRead | Stage2Refused | GuestFault
 Refusal: TypeAlias = Stage2Refused | GuestFault | Refill
 
 
@@ -59,30 +57,29 @@ class Core:
 
     def __init__(self) -> None:
         self.handle = uc_native.open_handle()
-        self.state = CpuState(self.handle)
-        self.hook_state = CpuState(self.handle)
+        self._finalizer = weakref.finalize(self, uc_native.close, self.handle)
+        self._finalizer.atexit = False
+        self._callbacks: list[Any] = []
         self._fault_address = ctypes.c_uint64.from_address(self.handle + uc_native.fault_address_offset())
         self.fault_address = 0
-        self._callbacks: list[Any] = []
-        self.fresh, self.dirty = False, False
         self.cause: Cause | None = None
         self.refused: Refusal | None = None
-        self.sealed = False
+        self.exception, self.halted = -1, False
+        self.stepping = self.slice_over = self.sealed = False
         self._raised: BaseException | None = None
-        self._finalizer = weakref.finalize(self, _release, self.handle, (self.state, self.hook_state))
-        self._finalizer.atexit = False
         self.write_register(x86_const.UC_X86_REG_FPCW, 0x37F)
         self.write_register(x86_const.UC_X86_REG_MXCSR, 0x1F80)
+        self.cpu = Cpu(self.handle)
 
     def close(self) -> None:
         """Give the instance back. Idempotent."""
         self._finalizer()
         self._callbacks.clear()
 
-    def hook(self, kind: int, callback: Any, begin: int = 1, end: int = 0, instruction: int = 0) -> int:
+    def hook(self, kind: int, callback: Any, instruction: int = 0) -> int:
         """Add a hook and keep `callback` until the end."""
         self._callbacks.append(callback)
-        return uc_native.hook_add(self.handle, kind, callback, begin, end, instruction)
+        return uc_native.hook_add(self.handle, kind, callback, instruction=instruction)
 
     def guard(self, function: Callable[..., Any], default: Any = None) -> Callable[..., Any]:
         """`function` for a hook: what it raises ends the pass, is raised there, and the hook answers `default`."""
@@ -97,56 +94,56 @@ class Core:
 
         return guarded
 
-    def emulate(self, sealed: bool = False) -> int:
-        """One pass. Unicorn's error code. `sealed`: no fetch succeeds, nothing happens. Raises: what a hook raised."""
-        state = self.state
-        self.sealed = sealed
-        if self.dirty:
-            self._keep_breakpoints()
-            state.store()
-        elif not self.fresh:
-            state.load()
-        self.fresh = self.dirty = False
+    def emulate(self) -> int:
+        """One pass. Unicorn's error code. Raises: what a hook raised."""
+        cpu = self.cpu
         self.cause = self.refused = None
-        code = uc_native.emu_start(self.handle, state.env.eip, 0, 0, 0)
-        self.fault_address = self._fault_address.value
+        # QEMU would take an exception for a second one inside of the delivery of the last.
+        cpu.tail.old_exception = -1
+        code = uc_native.emu_start(self.handle, cpu.env.eip, 0, 0, 0)
+        if code:
+            self.fault_address, self.exception = self._fault_address.value, cpu.pass_end.exception_index
+        else:
+            self.halted = bool(cpu.pass_end.halted)
         if self._raised is not None:
             error, self._raised = self._raised, None
             raise error
         return int(code)
 
-    def _keep_breakpoints(self) -> None:
-        """DR7 has objects behind it, to which the state points: those of the CPU live, those of the copy may not."""
-        self.hook_state.load()
-        self.state.tail.breakpoints = self.hook_state.tail.breakpoints
+    def step(self) -> int:
+        """A pass of one instruction, if RFLAGS.TF is set. See `emulate`."""
+        with slice_timer.lock:
+            self.stepping = True
+        self.cpu.no_exit_request.value = 0
+        try:
+            return self.emulate()
+        finally:
+            self.stepping = False
+            self.cpu.no_exit_request.value = 1
+
+    def sealed_pass(self) -> None:
+        """A pass in which no fetch succeeds and nothing happens: at its end Unicorn lets go of hooks that were deleted.
+
+        How the pass before it has ended stays on record.
+        """
+        record = self.cause, self.refused, self.fault_address, self.exception, self.halted
+        uc_native.flush_tlb(self.handle)
+        self.sealed = True
+        self.emulate()
+        self.sealed = False
+        self.cause, self.refused, self.fault_address, self.exception, self.halted = record
 
     def stop(self, cause: Cause) -> None:
-        """For hooks: end the pass because of `cause`."""
+        """For hooks: end the pass because of `cause`, at the start of the next block, or in a step at once."""
         if self.cause is None:
             self.cause = cause
         uc_native.emu_stop(self.handle)
 
-    def sync(self) -> CpuState:
-        """`state`, as it is now."""
-        if not self.fresh:
-            self.state.load()
-            self.fresh = True
-        return self.state
-
-    def modify(self) -> CpuState:
-        """`state`, to be changed by the caller."""
-        state = self.sync()
-        self.dirty = True
-        return state
-
-    def roll_back(self) -> None:
-        """`state` as it was loaded last is the truth, whatever the CPU did since."""
-        self.fresh = self.dirty = True
-
-    def seal(self) -> None:
-        """For hooks: no memory access of this pass happens any more."""
-        self.sealed = True
-        uc_native.flush_tlb(self.handle)
+    def end_slice(self) -> None:
+        """For the timer's thread, which holds the timer's lock: no block begins any more."""
+        self.slice_over = True
+        if not self.stepping and self._finalizer.alive:
+            uc_native.emu_stop(self.handle)
 
     def read_register(self, register: int) -> int:
         """A register of the CPU itself, by Unicorn's number. Right inside of a hook."""
@@ -158,9 +155,3 @@ class Core:
         """Set a register of the CPU itself, by Unicorn's number. Right inside of a hook."""
         word = ctypes.c_uint64(value)
         uc_native.check(uc_native.reg_write(self.handle, register, ctypes.byref(word)), f"write register {register}")
-
-
-def _release(handle: int, states: tuple[CpuState, ...]) -> None:
-    for state in states:
-        state.free()
-    uc_native.close(handle)

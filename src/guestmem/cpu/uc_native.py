@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 from typing import Any
 
 from unicorn import unicorn_const, x86_const
@@ -35,8 +36,6 @@ class Msr(ctypes.Structure):
 
 
 FillHook = ctypes.CFUNCTYPE(ctypes.c_bool, _P, _U64, _INT, ctypes.POINTER(TlbEntry), _P)
-BlockHook = ctypes.CFUNCTYPE(None, _P, _U64, _U32, _P)
-InterruptHook = ctypes.CFUNCTYPE(None, _P, _U32, _P)
 OutHook = ctypes.CFUNCTYPE(None, _P, _U32, _INT, _U32, _P)
 InHook = ctypes.CFUNCTYPE(_U32, _P, _U32, _INT, _P)
 InstructionHook = ctypes.CFUNCTYPE(_U32, _P, _P)
@@ -56,9 +55,6 @@ def _prototype(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:
 
 emu_start = _prototype(_slow, "uc_emu_start", _P, _U64, _U64, _U64, ctypes.c_size_t)
 emu_stop = _prototype(_fast, "uc_emu_stop", _P)
-context_save = _prototype(_fast, "uc_context_save", _P, _P)
-context_restore = _prototype(_fast, "uc_context_restore", _P, _P)
-context_reg_read = _prototype(_fast, "uc_context_reg_read", _P, _INT, _P)
 reg_read = _prototype(_fast, "uc_reg_read", _P, _INT, _P)
 reg_write = _prototype(_fast, "uc_reg_write", _P, _INT, _P)
 hook_del = _prototype(_fast, "uc_hook_del", _P, ctypes.c_size_t)
@@ -66,14 +62,15 @@ mem_map_ptr = _prototype(_fast, "uc_mem_map_ptr", _P, _U64, _U64, _U32, _P)
 mem_unmap = _prototype(_fast, "uc_mem_unmap", _P, _U64, _U64)
 mmio_map = _prototype(_fast, "uc_mmio_map", _P, _U64, _U64, MmioReadHook, _P, MmioWriteHook, _P)
 close = _prototype(_fast, "uc_close", _P)
-context_free = _prototype(_fast, "uc_context_free", _P)
-_context_alloc = _prototype(_fast, "uc_context_alloc", _P, ctypes.POINTER(_P))
 _context_size = _prototype(_fast, "uc_context_size", _P)
 _open = _prototype(_fast, "uc_open", _U32, _U32, ctypes.POINTER(_P))
 _hook_add = _prototype(_fast, "uc_hook_add", _P, ctypes.POINTER(ctypes.c_size_t), _INT, _P, _P, _U64, _U64, _INT)
 _strerror = _prototype(_fast, "uc_strerror", _INT)
 _strerror.restype = ctypes.c_char_p
 _ctl = _fast.uc_ctl  # variadic: (handle, control, argument as c_int)
+_usable_size = ctypes.CDLL(None).malloc_usable_size
+_usable_size.restype, _usable_size.argtypes = ctypes.c_size_t, (_P,)
+_CONTEXT_HEADER = 40  # sizeof(struct uc_context) without its data
 
 NOTHING = ctypes.cast(_fast.uc_errno, ctypes.c_void_p)
 """A hook that does nothing and answers 0, in native code: uc_errno() reads a field."""
@@ -129,17 +126,14 @@ def _ctl_int(handle: int, control: int, value: int) -> None:
     check(_ctl(_P(handle), _INT(_WRITE | _ONE_ARGUMENT | control), _INT(value)), f"uc_ctl({control})")
 
 
-def new_context(handle: int) -> int:
-    """A buffer for context_save. Give it to context_free."""
-    context = _P()
-    check(_context_alloc(handle, ctypes.byref(context)), "uc_context_alloc")
-    assert context.value is not None
-    return context.value
+def context_size(handle: int) -> int:
+    """Bytes of CPU state that a saved context has."""
+    return int(_context_size(handle)) - _CONTEXT_HEADER
 
 
-def context_image(handle: int, context: int) -> bytes:
-    """The bytes of a saved context."""
-    return ctypes.string_at(context, _context_size(handle))
+def handle_image(handle: int) -> bytes:
+    """The bytes of the structure behind a handle (uc_struct)."""
+    return ctypes.string_at(handle, _usable_size(handle))
 
 
 def hook_add(handle: int, kind: int, callback: Any, begin: int = 1, end: int = 0, instruction: int = 0) -> int:
@@ -157,6 +151,29 @@ def msr_read(handle: int, index: int) -> int:
     return int(msr.value)
 
 
+def msr_write(handle: int, index: int, value: int) -> None:
+    """What WRMSR does; nothing for an MSR that Unicorn does not have."""
+    check(reg_write(handle, x86_const.UC_X86_REG_MSR, ctypes.byref(Msr(index, value))), "wrmsr")
+
+
+class Page:
+    """Memory of this process that a CPU may be given as its own, with `content` at its start."""
+
+    SIZE = mmap.PAGESIZE
+
+    def __init__(self, content: bytes) -> None:
+        self.size = -(-len(content) // self.SIZE) * self.SIZE
+        self._memory = mmap.mmap(-1, self.size)
+        self._memory.write(content)
+        self._view = ctypes.c_char.from_buffer(self._memory)
+        self.address = ctypes.addressof(self._view)
+
+    def answer(self, entry: Any) -> bool:
+        """The answer to a TLB fill, whatever was asked for."""
+        entry[0].paddr, entry[0].perms = self.address, 7
+        return True
+
+
 @functools.cache
 def fault_address_offset() -> int:
     """Where a handle keeps the address whose TLB fill was refused (uc_struct.invalid_addr), in bytes.
@@ -164,12 +181,10 @@ def fault_address_offset() -> int:
     A fill hook is told the page only, and nothing in the API gives the rest; CR2 and the gpa of a stage-2 fault need
     it. Two faults at known addresses find the place. Raises: UnicornError for a build in which it is not unique.
     """
-    usable_size = ctypes.CDLL(None).malloc_usable_size
-    usable_size.restype, usable_size.argtypes = ctypes.c_size_t, (_P,)
     handle = open_handle()
     try:
         hook_add(handle, unicorn_const.UC_HOOK_TLB_FILL, NOTHING)
-        places: set[int] = set(range(0, usable_size(handle) - 7, 8))
+        places: set[int] = set(range(0, _usable_size(handle) - 7, 8))
         for address in (0x1234_5678_9ABC, 0x7EDC_BA98_7654):
             emu_start(handle, address, 0, 0, 0)
             places = {place for place in places if _U64.from_address(handle + place).value == address}

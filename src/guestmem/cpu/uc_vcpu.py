@@ -10,10 +10,12 @@ boundary have not run. So a refused fetch beyond the page of RIP is believed onl
 from __future__ import annotations
 
 from guestmem.cpu import uc_native
+from guestmem.cpu.cpu_state import DR_WRITES, EXIT_MSR, EXIT_WRITE_DR5, EXIT_WRITE_DR7, HF_IOBPT, VMEXIT
 from guestmem.cpu.engine import (
     Failed,
     GuestMemory,
     Halt,
+    InterruptWindow,
     MmioRead,
     PortIn,
     PortOut,
@@ -22,14 +24,15 @@ from guestmem.cpu.engine import (
     Stage2Miss,
     Stop,
 )
-from guestmem.cpu.exceptions import DB, GP, RFLAGS_TF, UD, Event, Unsupported, deliver
+from guestmem.cpu.exceptions import DB, RFLAGS_TF, UD, Event, Unsupported, deliver
 from guestmem.cpu.guest_memory import PAGE, GuestFault, Stage2Refused
 from guestmem.cpu.guest_walk import Access
 from guestmem.cpu.instructions import Instructions
+from guestmem.cpu.interrupts import Interrupts
 from guestmem.cpu.mmio import Mmio
-from guestmem.cpu.port_io import PortIo, io_permitted
+from guestmem.cpu.port_io import PortIo
 from guestmem.cpu.tlb import Tlb
-from guestmem.cpu.uc_core import HOOK_INTERRUPT, Cause, Core, Refill, Refusal, Signal
+from guestmem.cpu.uc_core import Cause, Core, Refill, Refusal, Signal
 
 _DR6_BS = 1 << 14
 
@@ -43,9 +46,8 @@ class Vcpu:
         self.ports = PortIo(core, self.tlb)
         self.mmio = Mmio(core, self.tlb)
         self.instructions = Instructions(core, self.tlb)
+        self.interrupts = Interrupts(core)
         self.pending: Event | None = None
-        self._stepping = False
-        core.hook(HOOK_INTERRUPT, uc_native.InterruptHook(core.guard(self._on_exception)))
 
     def advance(self) -> Stop | None:
         """One round. None: nothing for the caller yet."""
@@ -55,7 +57,32 @@ class Vcpu:
                 return stop
         if self.mmio.active:
             return self._advance_mmio()
+        interrupts = self.interrupts
+        if interrupts.vector is not None or interrupts.nmi or interrupts.window:
+            return self._advance_interrupted()
         return self._judge(self.core.emulate())
+
+    def _advance_interrupted(self) -> Stop | None:
+        """A round while something from outside waits."""
+        event = self.interrupts.poll()
+        if isinstance(event, InterruptWindow):
+            return event
+        if event is not None:
+            self.pending = event
+            return None
+        if self.interrupts.must_step:
+            return self._judge(self._step(), stepped=True)
+        try:
+            return self._judge(self.core.emulate())
+        finally:
+            self.core.cpu.interrupt_request.value = 0
+
+    def answer_port(self, asked: PortIn, value: int) -> Stop | None:
+        """Finish the IN or INS that asked. What its last part met; None if it is done."""
+        if self.ports.answer(asked.size, value):
+            self._trap_if_traced()
+            return None
+        return self._judge(self._step(), stepped=True)
 
     def _judge(self, code: int, stepped: bool = False) -> Stop | None:
         """What the end of a pass means. `code` is Unicorn's error; `stepped`: the pass was to be of one instruction."""
@@ -65,37 +92,82 @@ class Vcpu:
         if core.refused is not None:
             return self._after_refusal(core.refused, stepped)
         if code == uc_native.ERR_OK:
-            return Halt()
+            return Halt() if core.halted else SliceOver()
         if code == uc_native.ERR_INSN_INVALID:
             return self._after_invalid_instruction()
+        if code == uc_native.ERR_EXCEPTION:
+            return self._after_exception(core.exception, stepped)
         return self._failed(uc_native.error_text(code))
 
     def _failed(self, why: str) -> Failed:
         """The stop for what cannot be executed."""
-        return Failed(self.core.sync().env.eip, why)
+        return Failed(self.core.cpu.env.eip, why)
 
     def _after_hook(self, cause: Cause) -> Stop | None:
-        if isinstance(cause, PortOut | PortIn | MmioRead):
+        if isinstance(cause, PortOut):
+            return self._finish_port(cause)
+        if isinstance(cause, MmioRead):
             return cause
-        if isinstance(cause, int):
-            tail = self.core.sync().tail
-            length = self.instructions.int_length(cause) if tail.exception_is_int else 0
-            self.pending = Event(cause, tail.error_code & 0xFFFF_FFFF, length)
-            return None
         match cause:
-            case Signal.SLICE_OVER:
-                return SliceOver()
-            case Signal.STEPPED:
-                return None
-            case Signal.UNKNOWN_PORT_SITE:
-                return None if self.ports.learn() else self._failed("no port instruction where one was executed")
-            case Signal.PORT_NOT_PERMITTED:
-                return self._check_port_permission()
-            case Signal.MMIO_CROSSED:
-                return self._failed("an access of two pages, one of which is MMIO")
             case Signal.SYSCALL | Signal.SYSENTER:
                 self.pending = self.instructions.enter_kernel(cause)
                 return None
+            case Signal.PORT_IN_DONE:
+                return self._finish_port(None)
+            case Signal.MMIO_CROSSED:
+                return self._failed("an access of two pages, one of which is MMIO")
+        self.ports.roll_back()
+        return cause if isinstance(cause, PortIn) else self._not_done(cause)
+
+    def _finish_port(self, stop: PortOut | None) -> Stop | None:
+        """A port instruction is done; `stop` says so."""
+        try:
+            self.ports.finish()
+        except (GuestFault, Stage2Refused) as error:
+            return self._not_done(error)
+        self._trap_if_traced()
+        return stop
+
+    def _not_done(self, why: Stage2Refused | GuestFault) -> Stop | None:
+        """An instruction that was rolled back."""
+        if isinstance(why, Stage2Refused):
+            return self._missed(why)
+        self.pending = Event(why.vector, why.error_code, address=why.address)
+        return None
+
+    def _after_exception(self, vector: int, stepped: bool) -> Stop | None:
+        """An exception of the guest, or VMEXIT and the number of an exit, with RIP on the instruction."""
+        if stepped and vector == DB:
+            self._trap_if_traced()
+        elif vector == VMEXIT + EXIT_MSR:
+            return self._access_msr()
+        elif vector in (VMEXIT + EXIT_WRITE_DR5, VMEXIT + EXIT_WRITE_DR7):
+            return self._write_dr7()
+        elif vector < VMEXIT:
+            tail = self.core.cpu.tail
+            length = self.instructions.int_length(vector) if tail.exception_is_int else 0
+            self.pending = Event(vector, tail.error_code & 0xFFFF_FFFF, length)
+        return None
+
+    def _access_msr(self) -> Stop | None:
+        try:
+            self.pending = self.instructions.access_msr()
+        except (GuestFault, Stage2Refused) as error:
+            return self._not_done(error)
+        if self.pending is None:
+            self._trap_if_traced()
+        return None
+
+    def _write_dr7(self) -> Stop | None:
+        """Let the instruction happen; then port instructions look for breakpoints again, whatever DR7 says."""
+        cpu = self.core.cpu
+        cpu.tail.intercept_dr_write = 0
+        try:
+            code = self._step()
+        finally:
+            cpu.tail.intercept_dr_write = DR_WRITES
+            cpu.env.hflags |= HF_IOBPT
+        return self._judge(code, stepped=True)
 
     def _after_refusal(self, refused: Refusal, stepped: bool) -> Stop | None:
         if isinstance(refused, Refill):
@@ -127,21 +199,9 @@ class Vcpu:
             self._trap_if_traced()
         return call
 
-    def _check_port_permission(self) -> Stop | None:
-        sregs = self.core.sync().get_sregs()
-        port, size = self.ports.asked
-        try:
-            if io_permitted(sregs, self.tlb.linear_memory(), port, size):
-                self.ports.permitted = True
-            else:
-                self.pending = Event(GP)
-        except Stage2Refused as refused:
-            return self._missed(refused)
-        return None
-
     def _deliver(self, event: Event) -> Stop | None:
-        state = self.core.sync()
-        regs, sregs = state.get_regs(), state.get_sregs()
+        cpu = self.core.cpu
+        regs, sregs = cpu.get_regs(), cpu.get_sregs()
         try:
             entered = deliver(event, regs, sregs, self.tlb.linear_memory())
         except Stage2Refused as refused:
@@ -149,41 +209,30 @@ class Vcpu:
         except Unsupported as why:
             return self._failed(str(why))
         if not entered:
-            self.core.modify().env.cr[2] = sregs.cr2
+            cpu.env.cr[2] = sregs.cr2
             return Shutdown()
         self.pending = None
         self.mmio.forget()
-        state = self.core.modify()
-        state.set_regs(regs)
-        state.set_sregs(sregs)
-        # QEMU would take the next fault for a second one inside of this delivery.
-        state.tail.old_exception = -1
+        cpu.set_regs(regs)
+        cpu.set_sregs(sregs)
         return None
 
     def _step(self) -> int:
         """One pass of one instruction."""
-        state = self.core.modify()
-        traced, dr6 = state.env.eflags & RFLAGS_TF, state.tail.dr[6]
-        state.env.eflags |= RFLAGS_TF
-        self._stepping = self.ports.stepping = True
+        cpu = self.core.cpu
+        traced, dr6 = cpu.env.eflags & RFLAGS_TF, cpu.tail.dr[6]
+        cpu.env.eflags |= RFLAGS_TF
         try:
-            code = self.core.emulate()
+            return self.core.step()
         finally:
-            self._stepping = self.ports.stepping = False
-            state = self.core.modify()
-            state.env.eflags = state.env.eflags & ~RFLAGS_TF | traced
-            state.tail.dr[6] = dr6
-        if self.core.cause is Signal.STEPPED:
-            self._trap_if_traced()
-        return code
+            cpu.env.eflags = cpu.env.eflags & ~RFLAGS_TF | traced
+            cpu.tail.dr[6] = dr6
 
     def _trap_if_traced(self) -> None:
         """RFLAGS.TF of the guest: #DB follows the instruction that was just completed."""
-        state = self.core.state
-        if state.env.eflags & RFLAGS_TF:
-            state.tail.dr[6] |= _DR6_BS
-            # After OUTS the copy is an older one: the CPU has all of this itself then.
-            self.core.dirty |= self.core.fresh
+        cpu = self.core.cpu
+        if cpu.env.eflags & RFLAGS_TF:
+            cpu.tail.dr[6] |= _DR6_BS
             self.pending = Event(DB)
 
     def _advance_mmio(self) -> Stop | None:
@@ -195,13 +244,10 @@ class Vcpu:
         finally:
             mmio.end(hook)
         if isinstance(core.cause, PortIn):
+            self.ports.roll_back()
             return self._failed("INS to MMIO")
-        if core.cause is Signal.STEPPED or isinstance(core.cause, PortOut):
+        done = core.cause is None and core.refused is None and core.exception == DB and code == uc_native.ERR_EXCEPTION
+        stop = self._judge(code, stepped=True)
+        if done or isinstance(stop, PortOut):
             mmio.forget()
-        return mmio.next_write() if core.cause is Signal.STEPPED else self._judge(code, stepped=True)
-
-    def _on_exception(self, _uc: int, vector: int, _data: int) -> None:
-        core = self.core
-        if vector == DB and isinstance(core.cause, PortOut) and not self._stepping:
-            self._trap_if_traced()
-        core.stop(Signal.STEPPED if self._stepping and vector == DB else vector)
+        return mmio.next_write() if done else stop

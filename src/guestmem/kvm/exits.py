@@ -65,6 +65,11 @@ class ShutdownExit:
 
 
 @dataclasses.dataclass(slots=True)
+class IrqWindowOpenExit:
+    """KVM_EXIT_IRQ_WINDOW_OPEN: the guest could take an interrupt, and the VMM asked to know."""
+
+
+@dataclasses.dataclass(slots=True)
 class InternalErrorExit:
     """KVM_EXIT_INTERNAL_ERROR, suberror emulation: the engine cannot execute what stands at `rip`."""
 
@@ -80,5 +85,13 @@ class InterruptedExit:
 
 
 Exit: TypeAlias = (
-    IoExit | MmioExit | HypercallExit | MemoryFaultExit | HltExit | ShutdownExit | InternalErrorExit | InterruptedExit
+    IoExit
+    | MmioExit
+    | HypercallExit
+    | MemoryFaultExit
+    | HltExit
+    | ShutdownExit
+    | IrqWindowOpenExit
+    | InternalErrorExit
+    | InterruptedExit
 )

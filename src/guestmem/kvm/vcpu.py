@@ -21,6 +21,7 @@ from guestmem.kvm.exits import (
     InternalErrorExit,
     InterruptedExit,
     IoExit,
+    IrqWindowOpenExit,
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
@@ -122,6 +123,8 @@ class Vcpu:
                 return await self._halt()
             case cpu.Shutdown():
                 return ShutdownExit()
+            case cpu.InterruptWindow():
+                return IrqWindowOpenExit()
             case cpu.Failed():
                 return InternalErrorExit(stop.rip, stop.why)
 
