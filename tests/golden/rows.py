@@ -51,9 +51,9 @@ SLOW_ROWS = {"R42"}
 # slot whose file has the MMAP flag (semantics.md, GMEM_ONLY slots). Both answers are right; the difference is printed.
 PECULIAR: dict[str, str] = {
     **_each("shadow paging: no KVM_PRE_FAULT_MEMORY; with two-dimensional paging it exists", "C12", "G39", "G43"),
-    **_each("the file is gone: that back end reads userspace_addr, others exit with EFAULT", "G10", "G11", "G12"),
+    **_each("the file is gone: that back end makes MMIO of it, others exit with EFAULT", "G12"),
     **_each("that back end cannot reach the file without userspace_addr, others read the file", "G14"),
-    **_each("that back end uses the unrelated userspace_addr, others the file", "G16", "G17", "G18"),
+    **_each("that back end uses the unrelated userspace_addr, others the file", "G16", "G18"),
     **_each(
         "flags=1: that back end fails through userspace_addr, others take the page from the file", "G19", "G20", "G21"
     ),

@@ -19,6 +19,7 @@ ABI = "v6.18"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 # The probe gives a group 20 s before it ends it, the slow one 240 s.
 SECONDS = 400
+MOST_REMARKS = 40
 
 # What is started may have a bug that fills the memory; all of it is then killed before anything else on the machine.
 # A shell does it, because Python between fork and exec in a threaded process may hang.
@@ -62,13 +63,13 @@ def guestmem_command() -> list[str]:
 
 
 def guestmem_missing() -> str:
-    """Why `guestmem run` cannot be asked; "" if it can."""
+    """Why `guestmem run` cannot be asked; "" if it can, or if it is there and broken."""
     program = guestmem_command()[0]
     try:
         done = subprocess.run([program, "run", "--help"], capture_output=True, text=True, timeout=60, check=False)
     except OSError as error:
         return f"{program}: {error.strerror}"
-    return "" if done.returncode == 0 else "guestmem has no sub-command run yet"
+    return "guestmem has no sub-command run" if "No such command" in done.stderr else ""
 
 
 def selection(sections: Iterable[str], *, slow: bool) -> list[str]:
@@ -150,7 +151,9 @@ def report(found: Sequence[Difference], answers: Answers, row_ids: Sequence[str]
         lines.append(f"      got      {difference.got}")
         if difference.excuse:
             lines.append(f"      accepted {difference.excuse}")
-    lines += [f"remark: {remark}" for remark in answers.remarks]
+    lines += [f"remark: {remark}" for remark in answers.remarks[:MOST_REMARKS]]
+    if len(answers.remarks) > MOST_REMARKS:
+        lines.append(f"and {len(answers.remarks) - MOST_REMARKS} remarks more")
     accepted = sum(1 for difference in found if difference.excuse)
     agree = len(row_ids) - len(found)
     lines.append(f"{agree} of {len(row_ids)} rows agree, {len(found) - accepted} differ, {accepted} differ as accepted")
