@@ -35,8 +35,7 @@ _CS = SEGMENTS.index("cs")
 _RAX, _RCX, _RSI, _RDI = (GENERAL.index(name) for name in ("rax", "rcx", "rsi", "rdi"))
 _REGISTERS = struct.Struct(f"<Q40xQQ64xQQ{Env.hflags.offset - Env.cc_dst.offset}xI")
 """RAX, RSI, RDI, EIP, RFLAGS without arithmetic flags, hflags."""
-_DEBUG = struct.Struct("<Q40xQQ")
-"""DR0, DR6, DR7."""
+_DR0, _DR6_DR7, _DR6_AT = struct.Struct("<Q"), struct.Struct("<QQ"), 48
 _DR7_PORT_IN_DR0 = 0x400 | 2 << 16 | 1
 _ANSWER_MASK = {1: ~0xFF, 2: ~0xFFFF, 4: 0}
 _HF_CS32 = 1 << 4
@@ -79,8 +78,9 @@ class PortIo:
     def _enter(self, port: int, size: int) -> GuestFault | Stage2Refused | None:
         """End the pass after this instruction. What happens instead of it, None if it is to happen."""
         before = self._before = _REGISTERS.unpack_from(self._view)
-        self._debug_before = _DEBUG.unpack_from(self._debug)
-        _DEBUG.pack_into(self._debug, 0, port, 0, _DR7_PORT_IN_DR0)
+        self._debug_before = _DR0.unpack_from(self._debug) + _DR6_DR7.unpack_from(self._debug, _DR6_AT)
+        _DR0.pack_into(self._debug, 0, port)
+        _DR6_DR7.pack_into(self._debug, _DR6_AT, 0, _DR7_PORT_IN_DR0)
         if before[5] & HF_CPL > before[4] >> 12 & 3:
             try:
                 if not io_permitted(self._core.cpu.get_sregs(), self._tlb.linear_memory(), port, size):
@@ -89,20 +89,26 @@ class PortIo:
                 return refused
         return None
 
+    def _disarm(self) -> None:
+        """The guest's own debug registers."""
+        dr0, dr6, dr7 = self._debug_before
+        _DR0.pack_into(self._debug, 0, dr0)
+        _DR6_DR7.pack_into(self._debug, _DR6_AT, dr6, dr7)
+
     def roll_back(self) -> None:
         """The registers before the instruction."""
         env, before = self._core.cpu.env, self._before
         regs = env.regs
         self._next, self._string = env.eip, regs[_RDI] != before[2]
         regs[_RAX], regs[_RSI], regs[_RDI], env.eip = before[:4]
-        _DEBUG.pack_into(self._debug, 0, *self._debug_before)
+        self._disarm()
 
     def finish(self) -> None:
         """The registers after the instruction, or after one element of a REP, which stays where it is.
 
         Raises, when it has rolled them back: GuestFault, Stage2Refused. The instruction can be repeated.
         """
-        _DEBUG.pack_into(self._debug, 0, *self._debug_before)
+        self._disarm()
         after = _REGISTERS.unpack_from(self._view)
         if after[1:3] != self._before[1:3]:
             self._count()

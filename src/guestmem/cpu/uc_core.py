@@ -68,6 +68,7 @@ class Core:
         self.stepping = self.slice_over = self.sealed = False
         self._raised: BaseException | None = None
         self.write_register(x86_const.UC_X86_REG_FPCW, 0x37F)
+        self.write_register(x86_const.UC_X86_REG_FPTAG, 0xFFFF)
         self.write_register(x86_const.UC_X86_REG_MXCSR, 0x1F80)
         self.cpu = Cpu(self.handle)
 
