@@ -131,6 +131,7 @@ class FakeServer:
         self.hellos: list[Request] = []
         self.userfaultfds: list[int] = []
         self.files: dict[int, Known] = {}
+        self.run_pages: dict[int, int] = {}
         self.released = 0
         self._regs = bytes(144)
         self._clients = 0
@@ -193,7 +194,8 @@ class FakeServer:
         if request.op == IOCTL:
             return self._ioctl(channel, request)
         if request.op == RUN_FD:
-            return Answer(fds=[self._memory(3 * mmap.PAGESIZE)[1]])
+            self.run_pages[request.file], theirs = self._memory(3 * mmap.PAGESIZE)
+            return Answer(fds=[theirs])
         if request.op == MMAP_CHECK:
             return Answer(error=EINVAL if request.c & mmap.MAP_PRIVATE else 0)
         if request.op == FALLOCATE:
@@ -237,9 +239,14 @@ class FakeServer:
             case 0x4020AE46:
                 return self._set_region(channel, request.payload)
             case 0xAE80:
-                return Answer(error=EINTR if channel.cancelled(self.run_time) else 0)
+                return self._run(channel, request.file)
             case _:
                 return self._test_ioctl(channel, request, number, argument)
+
+    def _run(self, channel: Channel, vcpu: int) -> Answer:
+        run_page = self.run_pages.get(vcpu)
+        immediate_exit = run_page is not None and os.pread(run_page, 1, 1) == b"\1"
+        return Answer(error=EINTR if immediate_exit or channel.cancelled(self.run_time) else 0)
 
     def _set_region(self, channel: Channel, payload: bytes) -> Answer:
         _slot, _flags, _gpa, size, address = struct.unpack("<IIQQQ", payload)

@@ -56,8 +56,11 @@ static int answer_wait(struct channel *channel, struct message *message, int fla
 static int answer_soon(struct channel *channel, struct message *message)
 {
     int error = EAGAIN;
-    for (int looks = process.spins; looks && error == EAGAIN; looks--)
+    for (int looks = process.spins; looks && error == EAGAIN; looks--) {
         error = answer_wait(channel, message, MSG_DONTWAIT);
+        if (looks % 16 == 0)
+            sys(SYS_sched_yield);  /* the server may be waiting for this very CPU */
+    }
     return error;
 }
 
