@@ -29,7 +29,8 @@ _EVENT = struct.Struct("iIII")
 
 
 class ServedFile:
-    """An open file of a client. `owner` is the client that made it; None for files that belong to nobody."""
+    """An open file of a client, which takes over one reference to what it shows. `owner` is the client that made it;
+    None for files that belong to nobody."""
 
     kind = FileKind.KVM
 
@@ -54,7 +55,6 @@ class VmFile(ServedFile):
         super().__init__(owner)
         self.kvm = kvm
         self.ring = CoalescedRing()
-        kvm.get()
 
     async def release(self) -> None:
         await self.kvm.put()
@@ -69,7 +69,6 @@ class VcpuFile(ServedFile):
         super().__init__(owner)
         self.vcpu = vcpu
         self.run = KvmRun()
-        vcpu.get()
 
     async def release(self) -> None:
         await self.vcpu.put()
@@ -86,7 +85,6 @@ class GmemFile(ServedFile):
         assert isinstance(file.inode.backing, MemfdBacking)
         self.file = file
         self.mappings = GmemMappings(file.inode, file.inode.backing.fd)
-        file.get()
 
     async def release(self) -> None:
         """A mapping that is left belongs to a client that has ended, or a descriptor would be left too."""

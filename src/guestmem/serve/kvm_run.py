@@ -18,6 +18,7 @@ from guestmem.kvm.exits import (
     InternalErrorExit,
     InterruptedExit,
     IoExit,
+    IrqWindowOpenExit,
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
@@ -28,7 +29,7 @@ PAGES = 3
 SIZE = PAGES * mmap.PAGESIZE
 IO_DATA_OFFSET = mmap.PAGESIZE
 
-EXIT_IO, EXIT_HYPERCALL, EXIT_HLT, EXIT_MMIO, EXIT_IRQ_WINDOW, EXIT_SHUTDOWN = 2, 3, 5, 6, 7, 8
+EXIT_IO, EXIT_HYPERCALL, EXIT_HLT, EXIT_MMIO, EXIT_IRQ_WINDOW_OPEN, EXIT_SHUTDOWN = 2, 3, 5, 6, 7, 8
 EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_MEMORY_FAULT = 10, 17, 39
 INTERNAL_ERROR_EMULATION = 1
 _IO_OUT = 1
@@ -97,6 +98,8 @@ class KvmRun:
                 reason, error = EXIT_MEMORY_FAULT, exit_.refusal.errno or 0
                 flags = KVM_MEMORY_EXIT_FLAG_PRIVATE if exit_.private else 0
                 _MEMORY_FAULT.pack_into(memory, _UNION_AT, flags, exit_.gpa, exit_.size)
+            case IrqWindowOpenExit():
+                reason, error = EXIT_IRQ_WINDOW_OPEN, 0
             case HltExit():
                 reason, error = EXIT_HLT, 0
             case ShutdownExit():

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from guestmem.serve.ioctl_names import ioctl_name
-from guestmem.serve.wire import Op
+from guestmem.serve.wire import Op, Request
 from guestmem.trace import Refusal
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Report:
     """Counts only; a run of millions of calls costs one dictionary entry for each kind."""
 
     def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
+        self._requests: Counter[tuple[int, int]] = Counter()  # by op and, for ioctls, number
         self.refusals: Counter[tuple[str, str]] = Counter()  # by call and rule
         self.examples: dict[tuple[str, str], str] = {}  # the first of each, with its numbers
         self.unknown: Counter[tuple[str, int]] = Counter()
@@ -29,8 +29,16 @@ class Report:
         self.clients: list[tuple[int, str]] = []
         self.notes: list[str] = []
 
-    def called(self, call: Call) -> None:
-        self.calls[call_name(call)] += 1
+    def count(self, request: Request) -> None:
+        self._requests[request.op, request.a if request.op == Op.IOCTL else 0] += 1
+
+    @property
+    def calls(self) -> Counter[str]:
+        """How often each call was made, by name."""
+        named: Counter[str] = Counter()
+        for (op, number), count in self._requests.items():
+            named[ioctl_name(number & 0xFFFF_FFFF) if op == Op.IOCTL else Op(op).name.lower()] += count
+        return named
 
     def client(self, client: Client) -> None:
         self.clients.append((client.pid, client.name()))

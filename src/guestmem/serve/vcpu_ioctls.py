@@ -33,6 +33,22 @@ def _file(call: Call) -> VcpuFile:
     return call.file
 
 
+def enter_at_once(file: VcpuFile) -> bool:
+    """KVM_RUN as far as it goes without a task; whether that was all of it. See Vcpu.run_at_once."""
+    vcpu, run = file.vcpu, file.run
+    if run.immediate_exit or run.request_interrupt_window:
+        return False
+    if vcpu.unanswered is not None:
+        run.answer(vcpu.unanswered)
+    vcpu.immediate_exit = False
+    exit_ = vcpu.run_at_once()
+    if exit_ is None:
+        return False
+    run.write(exit_)
+    vcpu_state.write_run_state(run, vcpu)
+    return True
+
+
 async def _run(call: Call, argument: int) -> int:
     """KVM_RUN. Raises: Refusal EINTR `run.interrupted`; EFAULT, EHWPOISON with an exit that says where; EINVAL."""
     file = _file(call)
