@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import mmap
 import os
 import select
@@ -25,6 +26,7 @@ ANSWER = struct.Struct("<IiqQQQQ")
 HELLO, OPEN, IDENTIFY, IOCTL, RUN_FD, MMAP_CHECK, MMAP_DONE, UNMAP, MOVED, PROTECT = range(1, 11)
 DISCARD, FALLOCATE, REMOVE, SYNC, GUARD, CANCEL, UPCALL_DONE = range(11, 18)
 ZAP, READ, WRITE, REPLACE, WATCH, OVERLAY, UNCOVER, PRIVATE, FD = range(1, 10)
+HELLO_FORKED = 2
 KVM, VM, VCPU, GMEM, GUP_TEST = range(1, 6)
 
 CREATE_VM, CREATE_VCPU, CREATE_GMEM = 0xAE01, 0xAE41, 0xC040AED4
@@ -34,7 +36,7 @@ RELEASED, READ_SUM, WRITE_X, ZAP_PAGE, OVERLAY_PAGE, UNCOVER_PAGE, FD_FACTS, WAT
     0xAEF0, 0xAEFB
 )
 
-_FAULT_FEATURES = 1 << 7 | 1 << 10 | 1 << 5
+UFFDIO_REGISTER, MISSING_AND_MINOR = 0xC020AA00, 1 | 4
 
 
 @dataclass
@@ -129,7 +131,8 @@ class FakeServer:
         self.run_time = 0.0
         self.notes: list[Request] = []
         self.hellos: list[Request] = []
-        self.userfaultfds: list[int] = []
+        self.userfaultfds: dict[int, int] = {}
+        self.closed: dict[int, set[int]] = {}
         self.files: dict[int, Known] = {}
         self.run_pages: dict[int, int] = {}
         self.released = 0
@@ -203,7 +206,7 @@ class FakeServer:
         if request.op == SYNC:
             self._collect_released()
         elif request.op == GUARD:
-            self.userfaultfds += [os.dup(fd) for fd in request.fds]
+            self._take_userfaultfd(channel, request)
         elif request.op in (MMAP_DONE, UNMAP, MOVED, PROTECT, DISCARD, REMOVE):
             self.notes.append(request)
         return Answer()
@@ -215,6 +218,10 @@ class FakeServer:
         else:
             self._clients += 1
             channel.client = self._clients
+        if request.flags & HELLO_FORKED:
+            self._take_userfaultfd(channel, request)
+            for address in self.closed.get(request.b, set()):
+                self._close_page(channel, address)
         probe = os.memfd_create("device")
         device = os.fstat(probe).st_dev
         os.close(probe)
@@ -257,6 +264,17 @@ class FakeServer:
             view[-1] ^= 0xFF
         return Answer(error=done.a)
 
+    def _take_userfaultfd(self, channel: Channel, request: Request) -> None:
+        for fd in request.fds:
+            self.userfaultfds[channel.client] = os.dup(fd)
+
+    def _close_page(self, channel: Channel, address: int) -> int:
+        """As a conversion to private closes it."""
+        self.closed.setdefault(channel.client, set()).add(address)
+        range_ = bytearray(struct.pack("<QQQQ", address, mmap.PAGESIZE, MISSING_AND_MINOR, 0))
+        fcntl.ioctl(self.userfaultfds[channel.client], UFFDIO_REGISTER, range_)
+        return channel.upcall(ZAP, payload=struct.pack("<QQ", address, mmap.PAGESIZE)).a
+
     def _test_ioctl(self, channel: Channel, request: Request, number: int, argument: int) -> Answer:
         page = mmap.PAGESIZE
         if number == RELEASED:
@@ -274,7 +292,7 @@ class FakeServer:
         if number == WRITE_X:
             return Answer(error=channel.upcall(WRITE, argument, payload=b"x" * 16).a)
         if number == ZAP_PAGE:
-            return Answer(error=channel.upcall(ZAP, payload=struct.pack("<QQ", argument, page)).a)
+            return Answer(error=self._close_page(channel, argument))
         if number == OVERLAY_PAGE:
             return Answer(error=channel.upcall(OVERLAY, argument, page).a)
         if number == UNCOVER_PAGE:
