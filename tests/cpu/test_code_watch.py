@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guestmem.cpu.code_watch import LIVE_MAX, CodeWatch
+from guestmem.cpu.code_watch import KNOWN_MAX, LIVE_MAX, CodeWatch
 
 
 def view(page: bytearray) -> memoryview[int]:
@@ -47,3 +47,13 @@ def test_many_pages_are_left_to_the_flush() -> None:
     assert watch.unchanged()
     watch.tlb_flushed()
     assert not watch.fetched(0, view(pages[0]))
+
+
+def test_a_limit_to_what_is_remembered() -> None:
+    watch, page = CodeWatch(), bytearray(64)
+    for i in range(KNOWN_MAX):
+        assert watch.fetched(i << 12, view(page))
+    assert watch.fetched(0, view(page))
+    assert not watch.fetched(KNOWN_MAX << 12, view(page))
+    watch.code_flushed()
+    assert watch.fetched(KNOWN_MAX << 12, view(page))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from guestmem.cpu.cpuid import DEFAULT_CPUID
-from guestmem.cpu.engine import Halt, HostWindow, PortOut, Shutdown, Stage2Miss, Translation
+from guestmem.cpu.engine import Halt, PortOut, Shutdown, Stage2Miss
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, DATA, PAGE, SIZE, TABLES, Memory, run, start_long
 
@@ -143,30 +143,6 @@ def test_code_is_read_through_the_translation_of_now(engine: UnicornEngine, memo
     assert tlb.code_bytes(CODE, 1) == b"\xe6"
     engine.flush_tlb()
     assert tlb.code_bytes(CODE, 1) == b"\x90"
-
-
-def test_window_that_begins_below_a_known_one(engine: UnicornEngine, memory: Memory) -> None:
-    """Only what is missing of it is mapped."""
-    base = memory.window.base
-    whole = {DATA: HostWindow(base + DATA, PAGE), DATA - PAGE: HostWindow(base + DATA - PAGE, 3 * PAGE)}
-    memory.translate = lambda gpa, write, private: Translation(  # type: ignore[method-assign]
-        base + gpa, True, whole.get(gpa, HostWindow(base + gpa, PAGE))
-    )
-    memory.write(DATA - 1, b"\x11\x22")
-    start_long(engine, memory, b"\x8a\x07\x8a\x67\xff\x66\xe7\x80")  # mov al, [rdi]; mov ah, [rdi - 1]; out ax
-    regs = engine.get_regs()
-    regs.rdi = DATA
-    engine.set_regs(regs)
-    assert run(engine) == PortOut(0x80, 2, 0x1122)
-
-
-def test_a_terabyte_costs_no_more(engine: UnicornEngine, memory: Memory) -> None:
-    """A window is address space only: what is not touched need not exist."""
-    base = memory.window.base
-    window = HostWindow(base - (base - PAGE) % (1 << 30), 1 << 40)
-    memory.translate = lambda gpa, write, private: Translation(base + gpa, True, window)  # type: ignore[method-assign]
-    start_long(engine, memory, HLT)
-    assert run(engine) == Halt()
 
 
 def test_unicorns_tlb_grows_with_the_guest(engine: UnicornEngine, memory: Memory) -> None:

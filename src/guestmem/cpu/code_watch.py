@@ -12,6 +12,8 @@ The limit that remains: a guest that executes from more pages sees code that the
 from __future__ import annotations
 
 LIVE_MAX = 4
+KNOWN_MAX = 1 << 12
+"""Pages that are remembered, 16 MiB; beyond, everything is translated again."""
 
 
 class CodeWatch:
@@ -24,6 +26,8 @@ class CodeWatch:
     def fetched(self, hva: int, page: memoryview[int]) -> bool:
         """The guest is about to execute from `page`. False if its translation may be of other bytes."""
         content = bytes(page)
+        if len(self._known) >= KNOWN_MAX and hva not in self._known:
+            return False
         if self._known.setdefault(hva, content) != content:
             return False
         self._live[hva] = page

@@ -15,7 +15,6 @@ import functools
 import struct
 
 from guestmem.cpu import uc_native
-from guestmem.cpu.engine import HostWindow
 from guestmem.cpu.guest_walk import CR0_PE, CR4_SMAP, EFER_LMA
 from guestmem.cpu.registers import DescriptorTable, Regs, Segment, Sregs
 from guestmem.cpu.x86_env import SEGMENTS, CpuMemory, Env, layout
@@ -56,9 +55,9 @@ def _vmcb() -> uc_native.Page:
 
 
 class Cpu(CpuMemory):
-    """One CPU. `view` are the bytes of `env`, for those who read many fields often.
+    """One CPU, in whose memory the pages of this process are at their own address.
 
-    `own_window` is memory that the CPU needs for itself and has at its own address.
+    `view` are the bytes of `env`, for those who read many fields often.
     """
 
     def __init__(self, handle: int) -> None:
@@ -66,8 +65,6 @@ class Cpu(CpuMemory):
         self.view = memoryview((ctypes.c_char * ctypes.sizeof(Env)).from_address(self.address)).cast("B")
         self._saved = ctypes.create_string_buffer(self.size)
         vmcb = _vmcb()
-        self.own_window = HostWindow(vmcb.address, vmcb.size)
-        uc_native.check(uc_native.mem_map_ptr(handle, vmcb.address, vmcb.size, 3, vmcb.address), "uc_mem_map_ptr")
         self.tail.vm_vmcb, self.tail.intercept, self.tail.intercept_dr_write = vmcb.address, _INTERCEPTS, DR_WRITES
         self.env.hflags |= HF_GUEST | HF_IOBPT
         self.env.hflags2 |= _HF2_GIF | _HF2_VINTR

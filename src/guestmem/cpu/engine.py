@@ -19,7 +19,13 @@ from guestmem.cpu.registers import DebugRegisters, Events, Regs, Sregs
 
 
 class HostWindow(NamedTuple):
-    """A range of the server's own virtual memory that an engine may address. Bytes."""
+    """A mapping in the server's own virtual memory. Bytes.
+
+    A window may appear and go at any time, and another memory may come to be at its addresses. It must stay mapped
+    from the first Translation that names it until `Engine.flush_tlb` of each engine that asked, at which the engine
+    forgets addresses, and compares code before it executes what it has translated of the old memory. There is nothing
+    else to tell the engine, and no limit on the number of windows.
+    """
 
     base: int
     size: int

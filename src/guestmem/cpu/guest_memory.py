@@ -8,13 +8,18 @@ exception: implicit supervisor accesses, each byte through the guest's page tabl
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
 
-from guestmem.cpu.engine import GuestMemory, HostWindow
+from guestmem.cpu.engine import GuestMemory, Translation
 from guestmem.cpu.guest_walk import Access, GuestPage, Paging, TableMiss, walk
 
 PAGE = 4096
 _CACHED_PAGES_MAX = 1 << 16
+
+HOST_SIZE = 1 << 48
+"""What a host address is below: 47 bits on x86-64, 48 on arm64."""
+HOST = memoryview((ctypes.c_char * HOST_SIZE).from_address(0)).cast("B")
+"""The memory of this process. What is not mapped must not be touched."""
+_WORDS = HOST.cast("Q")
 
 
 class Stage2Refused(Exception):
@@ -38,29 +43,13 @@ class GuestFault(Exception):
         self.vector, self.error_code, self.address = vector, error_code, address
 
 
-class HostPage(NamedTuple):
-    """A 4K page that stage 2 holds.
-
-    `words[first_word]` and `data[start]` are its first eight bytes and its first byte, in views of the whole window.
-    """
-
-    hva: int
-    writable: bool
-    window: HostWindow
-    words: memoryview[int]
-    first_word: int
-    data: memoryview[int]
-    start: int
-
-
 class GuestPhysical:
     """Stage 2 and the pages that it gave. `tables_private` is the kind of page-table pages: True with SEV."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._pages: dict[tuple[int, bool | None], HostPage] = {}
+        self._pages: dict[tuple[int, bool | None], Translation] = {}
         self._tables: dict[int, memoryview[int]] = {}
-        self._views: dict[HostWindow, tuple[memoryview[int], memoryview[int]]] = {}
         self.tables_private: bool | None = None
 
     def flush(self) -> None:
@@ -68,18 +57,15 @@ class GuestPhysical:
         self._pages.clear()
         self._tables.clear()
 
-    def page(self, gpa: int, write: bool, private: bool | None) -> HostPage | None:
+    def page(self, gpa: int, write: bool, private: bool | None) -> Translation | None:
         """The page of `gpa`, or None if stage 2 refuses the access."""
         frame = gpa & -PAGE
         page = self._pages.get((frame, private))
         if page is not None and (page.writable or not write):
             return page
-        translation = self._memory.translate(frame, write, private)
-        if translation is None:
+        page = self._memory.translate(frame, write, private)
+        if page is None:
             return None
-        words, data = self._view(translation.window)
-        offset = translation.hva - translation.window.base
-        page = HostPage(*translation, words, offset >> 3, data, offset)
         if len(self._pages) >= _CACHED_PAGES_MAX:
             self.flush()
         self._pages[frame, private] = page
@@ -92,7 +78,8 @@ class GuestPhysical:
             page = self.page(gpa, False, self.tables_private)
             if page is None:
                 return None
-            table = self._tables[gpa >> 12] = page.words[page.first_word : page.first_word + 512]
+            first = page.hva >> 3
+            table = self._tables[gpa >> 12] = _WORDS[first : first + 512]
         return table[gpa >> 3 & 511]
 
     def write64(self, gpa: int, value: int) -> bool:
@@ -100,15 +87,8 @@ class GuestPhysical:
         page = self.page(gpa, True, self.tables_private)
         if page is None:
             return False
-        page.words[page.first_word + (gpa >> 3 & 511)] = value
+        _WORDS[(page.hva >> 3) + (gpa >> 3 & 511)] = value
         return True
-
-    def _view(self, window: HostWindow) -> tuple[memoryview[int], memoryview[int]]:
-        views = self._views.get(window)
-        if views is None:
-            data = memoryview((ctypes.c_char * window.size).from_address(window.base)).cast("B")
-            views = self._views[window] = (data.cast("Q"), data)
-        return views
 
 
 class LinearMemory:
@@ -133,20 +113,20 @@ class LinearMemory:
     def _load(self, paging: Paging, address: int, size: int, access: Access) -> bytes:
         data = b""
         while len(data) < size:
-            page, start, length = self._part(paging, address + len(data), size - len(data), access)
-            data += page.data[start : start + length]
+            start, length = self._part(paging, address + len(data), size - len(data), access)
+            data += HOST[start : start + length]
         return data
 
     def write(self, address: int, value: int, size: int) -> None:
         """Store the `size` low bytes of `value` at `address`, little endian."""
         data, done = (value & (1 << size * 8) - 1).to_bytes(size, "little"), 0
         while done < size:
-            page, start, length = self._part(self._implicit, address + done, size - done, Access.WRITE)
-            page.data[start : start + length] = data[done : done + length]
+            start, length = self._part(self._implicit, address + done, size - done, Access.WRITE)
+            HOST[start : start + length] = data[done : done + length]
             done += length
 
-    def _part(self, paging: Paging, address: int, size: int, access: Access) -> tuple[HostPage, int, int]:
-        """The page of `address`, where in its view the bytes start, and how many of `size` it holds."""
+    def _part(self, paging: Paging, address: int, size: int, access: Access) -> tuple[int, int]:
+        """Where on the host `address` is, and how many of `size` bytes its page holds."""
         write = access is Access.WRITE
         address &= 0xFFFF_FFFF_FFFF_FFFF if paging.long_mode else 0xFFFF_FFFF
         physical = self._physical
@@ -159,4 +139,4 @@ class LinearMemory:
         offset = address & PAGE - 1
         if page is None:
             raise Stage2Refused(found.gpa + offset, write, access is Access.FETCH, found.private)
-        return page, page.start + offset, min(size, PAGE - offset)
+        return page.hva + offset, min(size, PAGE - offset)

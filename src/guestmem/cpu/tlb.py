@@ -1,10 +1,9 @@
 """The TLB of one vCPU: what Unicorn asks when its own TLB misses.
 
-Unicorn's physical address space is the server's virtual address space: each window of host memory is mapped at its own
-address, once, and the answer to a TLB fill is the host address of the page. So stage 2 can map and unmap single pages
-of terabytes without touching Unicorn's memory map, whose changes cost milliseconds beyond a thousand regions. A window
-must stay mapped in the server until `flush`. Above all host addresses lies an area for MMIO, in which a page stands at
-its guest-physical address.
+Unicorn's physical address space is the server's virtual one: all of it is one region, mapped at its own address, and
+the answer to a TLB fill is the host address of the page. So whatever memory stage 2 names, from however many mappings
+that come and go, is there without a change to Unicorn's memory map, which cost milliseconds beyond a thousand regions.
+Above all host addresses lies an area for MMIO, in which a page stands at its guest-physical address.
 
 Only what is fetched is made executable: Unicorn takes each store to an executable page the slow way, a fifth of the
 speed, and CodeWatch must see each fetch.
@@ -17,10 +16,10 @@ from typing import Any
 
 from guestmem.cpu import uc_native
 from guestmem.cpu.code_watch import CodeWatch
-from guestmem.cpu.engine import GuestMemory, HostWindow
-from guestmem.cpu.guest_memory import PAGE, GuestFault, GuestPhysical, HostPage, LinearMemory, Stage2Refused
+from guestmem.cpu.engine import GuestMemory
+from guestmem.cpu.guest_memory import HOST, PAGE, GuestFault, GuestPhysical, LinearMemory, Stage2Refused
 from guestmem.cpu.guest_walk import Access, GuestPage, Paging, TableMiss, walk
-from guestmem.cpu.uc_core import HOOK_TLB_FILL, Core, Refill, Refusal
+from guestmem.cpu.uc_core import CODE_CHANGED, HOOK_TLB_FILL, Core, Refusal
 from guestmem.cpu.x86_env import Env
 
 MMIO_BASE = 1 << 51
@@ -56,11 +55,9 @@ class Tlb:
         self.code = CodeWatch()
         self.mmio: frozenset[int] = frozenset()
         self._physical_bits, self._c_bit = 52, 0
-        self._windows: set[HostWindow] = {core.cpu.own_window}
-        self._missing: HostWindow | None = None
         self.refused_access = Access.READ
         self._fills, self._entries = 0, _ENTRIES_MIN
-        self._fetched: dict[int, HostPage] = {}
+        self._fetched: dict[int, int] = {}
         self._mode: tuple[int, ...] = ()
         self._paging = Paging(0, 0, 0, 0)
         core.hook(HOOK_TLB_FILL, uc_native.FillHook(core.guard(self._fill, False)))
@@ -93,14 +90,6 @@ class Tlb:
             uc_native.flush_tlb(self._core.handle)
             self._fills, self._entries = 0, self._entries * 2
 
-    def cure(self, refill: Refill) -> None:
-        """Do what a refused fill asks for; the same fill succeeds then."""
-        if refill is Refill.CODE_CHANGED:
-            self.flush_code()
-            return
-        assert self._missing is not None
-        self._cover(self._missing)
-
     def linear_memory(self) -> LinearMemory:
         """The linear addresses of the registers as they are now."""
         env = self._core.cpu.env
@@ -109,9 +98,9 @@ class Tlb:
     def code_bytes(self, linear: int, size: int) -> bytes:
         """Code at `linear`. Raises: GuestFault, Stage2Refused."""
         offset = linear & PAGE - 1
-        page = self._fetched.get(linear - offset)
-        if page is not None and offset + size <= PAGE:
-            return bytes(page.data[page.start + offset : page.start + offset + size])
+        hva = self._fetched.get(linear - offset)
+        if hva is not None and offset + size <= PAGE:
+            return bytes(HOST[hva + offset : hva + offset + size])
         return self.linear_memory().fetch(linear, size)
 
     def _paging_of(self, eflags: int, hflags: int, cr: Any, efer: int) -> Paging:
@@ -154,16 +143,13 @@ class Tlb:
             if found.gpa in self.mmio and access is not Access.FETCH:
                 return MMIO_BASE + found.gpa, _WRITE if write else _READ
             return Stage2Refused(found.gpa, write, access is Access.FETCH, found.private, whole_page=True)
-        if page.window not in self._windows:
-            self._missing = page.window
-            return Refill.WINDOW_NOT_MAPPED
         permissions = _READ if found.readable else 0
         if found.writable and page.writable:
             permissions |= _WRITE
         if access is Access.FETCH:
-            if not self.code.fetched(page.hva, page.data[page.start : page.start + PAGE]):
-                return Refill.CODE_CHANGED
-            self._fetched[linear] = page
+            if not self.code.fetched(page.hva, HOST[page.hva : page.hva + PAGE]):
+                return CODE_CHANGED
+            self._fetched[linear] = page.hva
             permissions |= _EXECUTE
         return page.hva, permissions
 
@@ -176,17 +162,3 @@ class Tlb:
         env = self._core.cpu.env
         tables = (env.gdt, *(table for table in (env.ldt, env.tr) if table.selector))
         return any(table.base - PAGE < linear <= table.base + table.limit for table in tables)
-
-    def _cover(self, window: HostWindow) -> None:
-        """Map what is not mapped yet of a window, at its own address."""
-        start, end = window.base, window.base + window.size
-        for base, size in sorted(self._windows):
-            if base < end and start < base + size:
-                self._map(start, base)
-                start = max(start, base + size)
-        self._map(start, end)
-        self._windows.add(window)
-
-    def _map(self, start: int, end: int) -> None:
-        if start < end:
-            uc_native.check(uc_native.mem_map_ptr(self._core.handle, start, end - start, 7, start), "uc_mem_map_ptr")

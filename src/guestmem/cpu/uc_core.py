@@ -25,7 +25,7 @@ from unicorn import unicorn_const, x86_const
 from guestmem.cpu import uc_native
 from guestmem.cpu.cpu_state import Cpu
 from guestmem.cpu.engine import MmioRead, PortIn, PortOut
-from guestmem.cpu.guest_memory import GuestFault, Stage2Refused
+from guestmem.cpu.guest_memory import HOST_SIZE, GuestFault, Stage2Refused
 from guestmem.cpu.slice_timer import shared as slice_timer
 
 HOOK_TLB_FILL, HOOK_INSTRUCTION = unicorn_const.UC_HOOK_TLB_FILL, unicorn_const.UC_HOOK_INSN
@@ -41,15 +41,15 @@ class Signal(enum.Enum):
     PORT_IN_DONE = enum.auto()
 
 
-class Refill(enum.Enum):
-    """Refusals of a TLB fill that the engine cures by itself before it runs again."""
+class CodeChanged(enum.Enum):
+    """The refusal of a fetch that the engine cures by itself before it runs again."""
 
-    WINDOW_NOT_MAPPED = enum.auto()
     CODE_CHANGED = enum.auto()
 
 
+CODE_CHANGED = CodeChanged.CODE_CHANGED
 Cause: TypeAlias = Signal | PortIn | PortOut | MmioRead | Stage2Refused | GuestFault
-Refusal: TypeAlias = Stage2Refused | GuestFault | Refill
+Refusal: TypeAlias = Stage2Refused | GuestFault | CodeChanged
 
 
 class Core:
@@ -57,6 +57,8 @@ class Core:
 
     def __init__(self) -> None:
         self.handle = uc_native.open_handle()
+        first = uc_native.Page.SIZE
+        uc_native.check(uc_native.mem_map_ptr(self.handle, first, HOST_SIZE - first, 7, first), "uc_mem_map_ptr")
         self._finalizer = weakref.finalize(self, uc_native.close, self.handle)
         self._finalizer.atexit = False
         self._callbacks: list[Any] = []

@@ -32,7 +32,7 @@ from guestmem.cpu.interrupts import Interrupts
 from guestmem.cpu.mmio import Mmio
 from guestmem.cpu.port_io import PortIo
 from guestmem.cpu.tlb import Tlb
-from guestmem.cpu.uc_core import Cause, Core, Refill, Refusal, Signal
+from guestmem.cpu.uc_core import Cause, CodeChanged, Core, Refusal, Signal
 
 _DR6_BS = 1 << 14
 
@@ -170,8 +170,8 @@ class Vcpu:
         return self._judge(code, stepped=True)
 
     def _after_refusal(self, refused: Refusal, stepped: bool) -> Stop | None:
-        if isinstance(refused, Refill):
-            self.tlb.cure(refused)
+        if isinstance(refused, CodeChanged):
+            self.tlb.flush_code()
             return None
         address = self.core.fault_address
         if self.tlb.refused_access is Access.FETCH and not stepped and not self._at_rip(address):
@@ -208,10 +208,10 @@ class Vcpu:
             return self._missed(refused)
         except Unsupported as why:
             return self._failed(str(why))
+        self.pending = None
         if not entered:
             cpu.env.cr[2] = sregs.cr2
             return Shutdown()
-        self.pending = None
         self.mmio.forget()
         cpu.set_regs(regs)
         cpu.set_sregs(sregs)
