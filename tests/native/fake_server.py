@@ -168,6 +168,7 @@ class FakeServer:
     def _memory(self, size: int) -> tuple[int, int]:
         """Our descriptor of a new memfd, and a second open file of it for the client."""
         fd = os.memfd_create("fake")
+        os.fchmod(fd, 0o600)
         os.ftruncate(fd, size)
         self._memories.append(fd)
         return fd, os.open(f"/proc/self/fd/{fd}", os.O_RDWR)

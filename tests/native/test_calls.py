@@ -29,3 +29,8 @@ def test_calls(run: Run, name: str) -> None:
 def test_no_server_is_no_device(run: Run, server: FakeServer) -> None:
     server.close()
     run("calls", "gone")
+
+
+@pytest.mark.parametrize("name", ["identity", "transfer", "change", "requests", "copies"])
+def test_files(run: Run, name: str) -> None:
+    run("files", name)
