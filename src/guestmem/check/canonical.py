@@ -210,7 +210,8 @@ def _guarded(variables: dict[str, Any]) -> dict[str, Any]:
     if "before" not in variables:
         return {}
     machine = variables["self"]
-    alone = variables["others"] == machine.others()
+    turns = sum(task.turns for task in machine.tasks) - variables["mine"].turns
+    alone = variables["others"] == turns
     return {"alone": alone, "changed": alone and variables["before"] != snapshot(machine)}
 
 

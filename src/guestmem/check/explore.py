@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 
 from guestmem.check.choices import Schedule
-from guestmem.check.liveness import STATEMENTS, livelock, starving
+from guestmem.check.invariants import OTHERS, Violation
+from guestmem.check.liveness import livelock, starving
 from guestmem.check.run import Nondeterminism, Run, broken_property
 from guestmem.check.scenario import Scenario
-from guestmem.check.strategies.states import States
-from guestmem.check.strategies.strategy import STOP, Start, Strategy
+from guestmem.check.strategies.strategy import SEEN, STOP, Start, Strategy
 
 EXHAUSTED, LIMIT, VIOLATED = "exhausted", "limit", "violated"
 _REPORT_EVERY_S = 0.2
@@ -27,18 +27,20 @@ _COLLECT_EVERY = 100
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Where a search stops: executions, seconds, choices in one execution."""
+    """Where a search stops: executions, seconds. `steps` is the starvation bound: an execution that takes as many is
+    then run round robin, and must end within as many again."""
 
     executions: int = 10_000_000
     seconds: float = 600.0
-    steps: int = 5_000
+    steps: int = 2_000
 
 
 @dataclasses.dataclass
 class Result:
     """What came of a search. `property`, `facts` and `schedule` say what a violation broke and how.
 
-    `never_seen` are the `sometimes` that did not happen; `why` is the limit that was met. Bytes.
+    `never_seen` are the `sometimes` that did not happen; `why` is the limit that was met. `fraction` is how much of the
+    search was done, if that is known. Bytes.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Result:
     never_seen: tuple[str, ...] = ()
     why: str = ""
     memory_bytes: int = 0
+    fraction: float | None = None
 
 
 Progress = Callable[[Result], None]
@@ -63,18 +66,15 @@ Progress = Callable[[Result], None]
 class Exploration:
     """A search in progress. `result` is what is known so far."""
 
-    def __init__(
-        self, scenario: Scenario, strategy: Strategy, limits: Limits, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, scenario: Scenario, strategy: Strategy, limits: Limits) -> None:
         self.scenario = scenario
         self.strategy = strategy
         self.limits = limits
         self.result = Result(scenario.name, LIMIT, scenario.bound)
-        self._progress = progress
         self._answers: set[str] = set()
 
-    def go(self) -> Result:
-        """Search to the verdict."""
+    def go(self, progress: Progress | None = None, conclude_at_end: bool = True) -> Result:
+        """Search to the verdict; without `conclude_at_end` a search with nothing left has none, as a part of one."""
         began = time.perf_counter()
         reported = began
         result, limits = self.result, self.limits
@@ -87,7 +87,9 @@ class Exploration:
                     break
                 start = self.strategy.start()
                 if start is None:
-                    self._exhausted()
+                    self._note(0.0)
+                    if conclude_at_end:
+                        conclude(self.scenario, self.strategy, result)
                     break
                 result.executions += 1
                 if self._execute(start):
@@ -98,10 +100,10 @@ class Exploration:
                 if now - began > limits.seconds:
                     result.why = f"{limits.seconds:g} seconds"
                     break
-                if self._progress is not None and now - reported > _REPORT_EVERY_S:
+                if progress is not None and now - reported > _REPORT_EVERY_S:
                     reported = now
                     self._note(now - began)
-                    self._progress(result)
+                    progress(result)
         finally:
             if collecting:
                 gc.enable()
@@ -110,34 +112,48 @@ class Exploration:
 
     def _execute(self, start: Start) -> bool:
         """One execution; whether it broke a property."""
-        strategy, result, most = self.strategy, self.result, self.limits.steps
+        strategy, most = self.strategy, self.limits.steps
         run = Run(self.scenario, strategy)
         try:
             run.replay(start.choices, start.preemptions, start.checkpoint)
             while ready := run.ready():
                 number = strategy.choose(run, ready)
-                if number == STOP:
+                if number == SEEN:
                     return False
                 run.world.check_state()
+                if number == STOP:
+                    return False
                 run.step(number)
                 if len(run.choices) >= most:
-                    result.why = f"{most} steps in one execution"
-                    return True
+                    self._let_all_run(run)
             if not run.done or strategy.end(run):
-                choices = bytes(run.choices)
-                run.world.check_state()
-                run.end()
-                for actor, answers in run.world.answers.items():
-                    self._answers.update(f"{actor}: {answer}" for answer in answers)
-                if result.executions <= _RUN_TWICE:
-                    self._run_twice(choices)
+                self._look_at_end(run)
         except Exception as error:
             self._violated(error, Schedule(bytes(run.choices)))
             return True
         finally:
-            result.steps += len(run.choices)
+            self.result.steps += len(run.choices)
             run.world.forget()
         return False
+
+    def _look_at_end(self, run: Run) -> None:
+        choices = bytes(run.choices)
+        run.world.check_state()
+        run.end()
+        for actor, answers in run.world.answers.items():
+            self._answers.update(f"{actor}: {answer}" for answer in answers)
+        if self.result.executions <= _RUN_TWICE:
+            self._run_twice(choices)
+
+    def _let_all_run(self, run: Run) -> None:
+        """The starvation bound: an execution that is this long goes on round robin, and must then end."""
+        for _ in range(self.limits.steps):
+            ready = run.ready()
+            if not ready:
+                return
+            run.step(next((number for number in ready if number > run.last), ready[0]))
+        name = starving(run.tasks)
+        raise Violation(name, f"not done after {self.limits.steps} steps in which everybody could run")
 
     def _violated(self, error: Exception, schedule: Schedule) -> None:
         result = self.result
@@ -150,47 +166,45 @@ class Exploration:
         if states_along(self.scenario, choices) != states_along(self.scenario, choices):
             raise Nondeterminism("the same choices made another sequence of states")
 
-    def _exhausted(self) -> None:
-        result, strategy = self.result, self.strategy
-        if isinstance(strategy, States):
-            if strategy.full:
-                result.why = f"visited set full with {strategy.states} states"
-                return
-            if strategy.preemptions is None:
-                schedule = livelock(strategy.edges, strategy.ready, strategy.root)
-                if schedule is not None:
-                    self._livelocked(schedule)
-                    return
-        if not strategy.exhaustive or getattr(strategy, "cut", False):
-            result.why = result.why or "the strategy has nothing more to try"
-            return
-        result.verdict = EXHAUSTED
-        result.never_seen = tuple(sorted(self.scenario.sometimes - self._answers))
-        if result.never_seen:
-            result.verdict = VIOLATED
-            result.property = "sometimes"
-            result.facts = f"never in any schedule: {'; '.join(result.never_seen)}"
-
-    def _livelocked(self, schedule: Schedule) -> None:
-        result = self.result
-        result.verdict = VIOLATED
-        result.property, result.facts = describe_livelock(self.scenario, schedule)
-        result.schedule = schedule
-
     def _note(self, seconds: float) -> None:
         result = self.result
         result.seconds = seconds
         result.answers = frozenset(self._answers)
         result.never_seen = tuple(sorted(self.scenario.sometimes - self._answers))
-        result.states = getattr(self.strategy, "states", 0)
-        result.memory_bytes = getattr(self.strategy, "memory_bytes", 0)
+        result.fraction = self.strategy.fraction
+        graph = self.strategy.graph
+        if graph is not None:
+            result.states, result.memory_bytes = graph.states, graph.memory_bytes
 
 
 def explore(
     scenario: Scenario, strategy: Strategy, limits: Limits | None = None, progress: Progress | None = None
 ) -> Result:
     """Search `scenario` by `strategy`; `progress` is called a few times a second with what is known."""
-    return Exploration(scenario, strategy, limits or Limits(), progress).go()
+    return Exploration(scenario, strategy, limits or Limits()).go(progress)
+
+
+def conclude(scenario: Scenario, strategy: Strategy, result: Result) -> None:
+    """Nothing is left to try: the verdict, which looks at liveness and at what never happened."""
+    graph = strategy.graph
+    if graph is not None and graph.full:
+        result.why = f"visited set full with {graph.states} states"
+        return
+    if not strategy.exhaustive:
+        result.why = "the strategy has nothing more to try"
+        return
+    if graph is not None and graph.preemptions is None:
+        schedule = livelock(graph.edges, graph.ready, graph.root)
+        if schedule is not None:
+            result.verdict = VIOLATED
+            result.property, result.facts = describe_livelock(scenario, schedule)
+            result.schedule = schedule
+            return
+    result.verdict = EXHAUSTED
+    if result.never_seen:
+        result.verdict = VIOLATED
+        result.property = "sometimes"
+        result.facts = f"never in any schedule: {'; '.join(result.never_seen)}"
 
 
 class NoFailures:
@@ -217,6 +231,6 @@ def describe_livelock(scenario: Scenario, schedule: Schedule) -> tuple[str, str]
             pass
         name = starving(run.tasks)
         waiting = ", ".join(f"{task.name} at {task.operation}" for task in run.tasks if not task.done)
-        return name, f"{STATEMENTS[name]} no more: {len(schedule.cycle)} steps repeat for ever, {waiting}"
+        return name, f"{OTHERS[name]} no more: {len(schedule.cycle)} steps repeat for ever, {waiting}"
     finally:
         run.world.forget()

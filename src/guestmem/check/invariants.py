@@ -55,7 +55,12 @@ class Violation(AssertionError):
 
 OTHERS = {
     "S15": "a refused call changes nothing",
+    "L1": "a conversion makes progress",
+    "L2": "a fault makes progress",
     "L3": "nothing is left at the end",
+    "L4": "a memslot deletion makes progress",
+    "L5": "there is no deadlock",
+    "L6": "unregistering makes progress",
 }
 """Statements of properties that are not a question about one state."""
 

@@ -18,15 +18,6 @@ from typing import Any, NamedTuple
 from guestmem.check.choices import MAX_ACTORS, Schedule
 from guestmem.sched import Task
 
-STATEMENTS = {
-    "L1": "a conversion makes progress",
-    "L2": "a fault makes progress",
-    "L3": "nothing is left at the end",
-    "L4": "a memslot deletion makes progress",
-    "L5": "there is no deadlock",
-    "L6": "unregistering makes progress",
-}
-
 
 class Edge(NamedTuple):
     """A step of the state graph: what was chosen in state `source`, and where it led."""

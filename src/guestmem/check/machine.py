@@ -9,8 +9,8 @@ the state, and what a scenario's `sometimes` speaks of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar
 
 from guestmem.check.arena import Arena
 from guestmem.check.canonical import FINGERPRINT
@@ -58,10 +58,12 @@ _arenas: list[Arena] = []
 class Machine(Host):
     """What a scenario builds. `failures` is how many fallible steps may fail in one execution."""
 
-    def __init__(self, *, level: AbiLevel = FUTURE, failures: int = 0, engine: ScriptEngine = ScriptedEngine) -> None:
+    script_engine: ClassVar[ScriptEngine] = ScriptedEngine
+    """What executes the scripts of guests."""
+
+    def __init__(self, *, level: AbiLevel = FUTURE, failures: int = 0) -> None:
         self._arena = _arenas.pop() if _arenas else Arena()
         self._script: list[Load | Store] = []
-        self._script_engine = engine
         super().__init__(memory=POOL_PAGES * PAGE_SIZE, level=level, engine=self._new_engine, debug=True)
         assert isinstance(self.pool, GhostPool)
         self.ghost = Ghost(self, self.pool)
@@ -81,7 +83,7 @@ class Machine(Host):
         return self._arena.take(pages)
 
     def _new_engine(self, memory: GuestMemory) -> Engine:
-        return self._script_engine(memory, self._script)
+        return type(self).script_engine(memory, self._script)
 
     # Setting up
 
@@ -322,18 +324,19 @@ class Machine(Host):
         return self._guarded(call)
 
     async def _guarded(self, call: Call) -> object:
-        before, others = snapshot(self), self.others()
+        before, others, mine = snapshot(self), self.others(), self.scheduler.current
         try:
             return await call
         except Refusal as refusal:
             if self.others() == others and snapshot(self) != before:
-                raise Violation("S15", f"{refusal} left something behind") from refusal
+                assert mine is not None
+                raise Violation("S15", f"{mine.name}: {refusal} left something behind") from refusal
             raise
 
-    def others(self) -> tuple[tuple[object, tuple[str, ...]], ...]:
-        """Where every other task stands."""
+    def others(self) -> int:
+        """How often other tasks than the running one have run."""
         me = self.scheduler.current
-        return tuple((task.operation, tuple(_positions(task.coroutine))) for task in self.tasks if task is not me)
+        return sum(task.turns for task in self.tasks if task is not me)
 
 
 class Firmware:
@@ -388,15 +391,6 @@ def _exit(exit_: Exit) -> str:
     if isinstance(exit_, MemoryFaultExit):
         return exit_.refusal.rule
     return type(exit_).__name__.removesuffix("Exit").lower()
-
-
-def _positions(coroutine: Any) -> Iterator[str]:
-    while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
-        if frame is None:
-            return
-        yield f"{frame.f_code.co_qualname}+{frame.f_lasti}"
-        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
 
 
 def _close(coroutine: Call) -> None:

@@ -62,7 +62,8 @@ class Task(Generic[T]):
     """A coroutine under the scheduler's rule.
 
     `held` are the locks that the task holds, outermost first. `operation` is what it is parked on; a task that runs or
-    has ended has none. `signal_pending` is set by whoever sends it a signal; long operations look at it and stop.
+    has ended has none. `turns` counts how often `Scheduler.advance` has resumed it. `signal_pending` is set by whoever
+    sends it a signal; long operations look at it and stop.
     """
 
     __slots__ = (
@@ -76,6 +77,7 @@ class Task(Generic[T]):
         "name",
         "operation",
         "signal_pending",
+        "turns",
     )
 
     def __init__(self, number: int, name: str, coroutine: Coroutine[Operation, None, T]) -> None:
@@ -87,6 +89,7 @@ class Task(Generic[T]):
         self.done = False
         self.joined = False
         self.signal_pending = False
+        self.turns = 0
         self._result: T | None = None
         self._error: BaseException | None = None
 
@@ -228,6 +231,7 @@ class Scheduler:
         What an explorer does millions of times: no list is searched, no observer called, nothing allocated.
         """
         self.current = task
+        task.turns += 1
         try:
             task.operation = task.coroutine.send(None)
         except StopIteration as end:

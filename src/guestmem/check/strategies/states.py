@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from guestmem.check.choices import FAIL
 from guestmem.check.liveness import Edge
 from guestmem.check.run import Run, is_preempted
-from guestmem.check.strategies.strategy import STOP, Start
+from guestmem.check.strategies.dfs import branches
+from guestmem.check.strategies.strategy import SEEN, Start
 from guestmem.sched.fingerprint import DIGEST_SIZE
 
 MAX_STATES = 2_000_000
@@ -26,75 +28,48 @@ _BYTES_A_STATE = 49 + 28 + 16  # the digest, what is known of it, its places in 
 _BYTES_AN_EDGE = 200
 
 
+class Open(NamedTuple):
+    """A step that is still to be made: how to get there, the state before it and after how many choices that is, and
+    which share of the whole search it stands for."""
+
+    start: Start
+    source: bytes
+    source_at: int
+    weight: float
+
+
+ROOT = Open(Start(), b"", 0, 1.0)
+
+
 class States:
     """Depth-first search with a visited set."""
 
     name = "states"
-    exhaustive = True
 
-    def __init__(self, preemptions: int | None = None, depth: int | None = None, max_states: int = MAX_STATES) -> None:
+    def __init__(self, preemptions: int | None = None, max_states: int = MAX_STATES) -> None:
         self.preemptions = preemptions
-        self.depth = depth
-        self.cut = False
         self.full = False
         self.max_states = max_states
         self.visited: dict[bytes, int] = {}  # digest -> preemptions that were left; unbounded: 0
         self.ready: dict[bytes, int] = {}  # digest -> a bit for each ready task; unbounded only
         self.edges: list[Edge] = []
-        self.frontier: list[tuple[Start, bytes, int]] = [(Start(), b"", 0)]  # start, state before its last step, where
+        self.frontier: list[Open] = [ROOT]
         self.root = b""
-        self._source = b""
-        self._source_at = 0
+        self._here = ROOT
         self._starts = 0
+        self._done = 0.0
 
-    def start(self) -> Start | None:
-        if self.full or not self.frontier:
-            return None
-        start, self._source, self._source_at = self.frontier.pop()
-        self._starts += 1
-        if self._source and self._starts % _VERIFY_EVERY == 0:
-            return start._replace(checkpoint=(self._source_at, self._source[:DIGEST_SIZE]))
-        return start
+    @property
+    def exhaustive(self) -> bool:
+        return not self.full
 
-    def choose(self, run: Run, ready: Sequence[int]) -> int:
-        if self.depth is not None and len(run.choices) >= self.depth:
-            self.cut = True
-            return STOP
-        digest = run.world.digest()
-        bounded = self.preemptions is not None
-        left = 0
-        if bounded:
-            running = run.last if run.last in ready and is_preempted(run.tasks[run.last]) else _NOBODY
-            digest += bytes((running,))
-            left = self.preemptions - run.preemptions  # type: ignore[operator]
-        elif self._source:
-            self.edges.append(Edge(self._source, bytes(run.choices[self._source_at :]), digest))
-        seen = self.visited.get(digest)
-        if seen is not None and seen >= left:
-            return STOP
-        if seen is None and len(self.visited) >= self.max_states:
-            self.full = True
-            return STOP
-        self.visited[digest] = left
-        if not bounded:
-            self.root = self.root or digest
-            self.ready[digest] = sum(1 << number for number in ready)
-        self._source, self._source_at = digest, len(run.choices)
-        return self._branch(run, ready)
+    @property
+    def graph(self) -> States:
+        return self
 
-    def fails(self, run: Run, step: str) -> bool:
-        start = Start(bytes(run.choices) + bytes((FAIL,)), run.preemptions)
-        self.frontier.append((start, self._source, self._source_at))
-        return False
-
-    def end(self, run: Run) -> bool:
-        digest = run.world.digest()
-        if self.preemptions is None and self._source:
-            self.edges.append(Edge(self._source, bytes(run.choices[self._source_at :]), digest))
-            self.ready[digest] = 0
-        new = digest not in self.visited
-        self.visited[digest] = 0
-        return new
+    @property
+    def fraction(self) -> float:
+        return self._done
 
     @property
     def states(self) -> int:
@@ -106,16 +81,58 @@ class States:
         table = sys.getsizeof(self.visited) + sys.getsizeof(self.ready)
         return table + len(self.visited) * _BYTES_A_STATE + len(self.edges) * _BYTES_AN_EDGE
 
-    def _branch(self, run: Run, ready: Sequence[int]) -> int:
-        last, used = run.last, run.preemptions
-        first, cost = ready[0], 0
-        if last in ready:
-            first = last
-            cost = 1 if is_preempted(run.tasks[last]) else 0
-        if self.preemptions is None or used + cost <= self.preemptions:
-            made = bytes(run.choices)
-            for number in reversed(ready):
-                if number != first:
-                    start = Start(made + bytes((number,)), used + cost)
-                    self.frontier.append((start, self._source, self._source_at))
+    def start(self) -> Start | None:
+        if self.full or not self.frontier:
+            return None
+        self._here = here = self.frontier.pop()
+        self._starts += 1
+        if here.source and self._starts % _VERIFY_EVERY == 0:
+            return here.start._replace(checkpoint=(here.source_at, here.source[:DIGEST_SIZE]))
+        return here.start
+
+    def choose(self, run: Run, ready: Sequence[int]) -> int:
+        digest = run.world.digest()
+        left = 0
+        if self.preemptions is not None:
+            running = run.last if run.last in ready and is_preempted(run.tasks[run.last]) else _NOBODY
+            digest += bytes((running,))
+            left = self.preemptions - run.preemptions
+        self._note_edge(run, digest)
+        seen = self.visited.get(digest)
+        if seen is None and len(self.visited) >= self.max_states:
+            self.full = True
+        if self.full or (seen is not None and seen >= left):
+            self._done += self._here.weight
+            return SEEN
+        self.visited[digest] = left
+        if self.preemptions is None:
+            self.root = self.root or digest
+            self.ready[digest] = sum(1 << number for number in ready)
+        first, others, used = branches(run, ready, self.preemptions)
+        weight = self._here.weight / (len(others) + 1)
+        at = len(run.choices)
+        made = bytes(run.choices)
+        for number in others:
+            self.frontier.append(Open(Start(made + bytes((number,)), used), digest, at, weight))
+        self._here = Open(Start(), digest, at, weight)
         return first
+
+    def fails(self, run: Run, step: str) -> bool:
+        here = self._here._replace(weight=self._here.weight / 2)
+        start = Start(bytes(run.choices) + bytes((FAIL,)), run.preemptions)
+        self.frontier.append(here._replace(start=start))
+        self._here = here
+        return False
+
+    def end(self, run: Run) -> bool:
+        digest = run.world.digest()
+        self._note_edge(run, digest)
+        self.ready[digest] = 0
+        self._done += self._here.weight
+        new = digest not in self.visited
+        self.visited[digest] = 0
+        return new
+
+    def _note_edge(self, run: Run, digest: bytes) -> None:
+        if self.preemptions is None and self._here.source:
+            self.edges.append(Edge(self._here.source, bytes(run.choices[self._here.source_at :]), digest))

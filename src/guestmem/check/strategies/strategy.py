@@ -7,12 +7,17 @@ step; one that ran to its end is shown to `end`. A strategy sees the run and cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from guestmem.check.run import Run
 
+if TYPE_CHECKING:
+    from guestmem.check.strategies.states import States
+
 STOP = -1
-"""Answer of `choose`: leave the execution here, what follows has been seen or is out of bounds."""
+"""Answer of `choose`: leave the execution here; its state is new and is looked at."""
+SEEN = -2
+"""Answer of `choose`: leave the execution here; this state, and so all that follows, was seen before."""
 
 
 class Start(NamedTuple):
@@ -30,14 +35,26 @@ class Strategy(Protocol):
     """`exhaustive` says that once `start` has nothing left, every schedule within the bound is accounted for."""
 
     name: str
-    exhaustive: bool
+
+    @property
+    def exhaustive(self) -> bool: ...
+
+    @property
+    def graph(self) -> States | None:
+        """What was visited, if that is kept: for liveness, and for the reader."""
+        ...
+
+    @property
+    def fraction(self) -> float | None:
+        """How much of the search is done, from 0 to 1, if the strategy can tell."""
+        ...
 
     def start(self) -> Start | None:
         """Begin an execution; None when nothing is left to try."""
         ...
 
     def choose(self, run: Run, ready: Sequence[int]) -> int:
-        """One of `ready`, which is not empty, or STOP."""
+        """One of `ready`, which is not empty, or STOP or SEEN."""
         ...
 
     def fails(self, run: Run, step: str) -> bool:
@@ -47,3 +64,14 @@ class Strategy(Protocol):
     def end(self, run: Run) -> bool:
         """Every task is done; whether this end is worth looking at, as it was not seen before."""
         ...
+
+
+class Stateless:
+    """What the strategies have in common that keep nothing of what they saw."""
+
+    exhaustive = False
+    graph = None
+    fraction: float | None = None
+
+    def end(self, run: Run) -> bool:
+        return True
