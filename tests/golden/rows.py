@@ -41,8 +41,8 @@ def _each(reason: str, *ids: str) -> dict[str, str]:
 ROWS = _read_table()
 SECTIONS = list(dict.fromkeys(row.section for row in ROWS.values()))
 
-# One group of the probe, and its rows: the real kernel works 30 to 50 s on this bind of 8 TiB less one page, because it
-# stores the range in the file's xarray page by page at the unaligned end.
+# One group of the probe, and its rows: a real kernel with shadow paging allocates 16 GiB of reverse maps for this slot
+# of 8 TiB less a page (memslot_rmap_alloc), which takes 50 s here and starves whatever else runs. Natively on demand.
 SLOW_GROUP = "R.huge"
 SLOW_ROWS = {"R42"}
 

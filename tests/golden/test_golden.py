@@ -62,7 +62,7 @@ def test_difference_is_told_with_its_excuse() -> None:
 @needs_gcc
 @pytest.mark.parametrize("section", SECTIONS)
 def test_native_is_the_table(probe: Path, section: str) -> None:
-    """No row may vary on that kernel. R42 is left out, it costs 45 s: `python -m tests.golden --native` asks it."""
+    """No row may vary on that kernel. R42, 50 s and 16 GiB, is left to `python -m tests.golden --native --slow`."""
     if missing := native_missing():
         pytest.skip(missing)
     rows = runner.asked([section], slow=False)
