@@ -108,8 +108,13 @@ class Mmio:
         shift = (gpa - start) * 8
         return (value >> shift if shift >= 0 else value << -shift) & (1 << size * 8) - 1
 
-    def _write(self, _uc: int, gpa: int, _size: int, _value: int, _data: int) -> None:
+    def _write(self, _uc: int, gpa: int, size: int, value: int, _data: int) -> None:
+        """A piece of the write that `_access` saw, which was told the value before MOVBE swaps its bytes."""
         self._check_piece(gpa)
+        if self._core.cause is None:
+            whole = self.writes.pop()
+            shift, mask = (gpa - whole.gpa) * 8, (1 << size * 8) - 1
+            self.writes.append(MmioWrite(whole.gpa, whole.size, whole.value & ~(mask << shift) | (value & mask) << shift))
 
     def _check_piece(self, gpa: int) -> None:
         """A piece of something that was not announced belongs to an access that began in another page."""
