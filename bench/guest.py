@@ -20,8 +20,12 @@ from guestmem.memory import Access
 from guestmem.uapi.kvm import VmType
 
 MEMORY, TABLES, STACK, CODE, DATA = 64 << 20, 0x10000, 0x80000, 0x100000, 0x200000
+DEVICE = MEMORY  # no memslot
+MAPPED = MEMORY + (2 << 20)
 OUT = b"\xe6\x80\xeb\xfc"  # 1: out 0x80, al; jmp 1b
 HALT = b"\xf4\xeb\xfd"  # 1: hlt; jmp 1b
+IN = b"\xe4\x80\xeb\xfc"  # 1: in al, 0x80; jmp 1b
+DEVICE_READ = b"\x48\x8b\x07\xeb\xfb"  # 1: mov rax, [rdi]; jmp 1b
 TOUCH = b"\x88\x07\x48\x81\xc7\x00\x10\x00\x00\x48\xff\xc9\x75\xf2\xf4"  # mov [rdi], al; add rdi, 4096; dec rcx; jnz
 ALU = b"\x48\x01\xc8\x48\x31\xc3\x48\xff\xc9\x75\xf5\xf4"  # add rax, rcx; xor rbx, rax; dec rcx; jnz; hlt
 LOADS = (  # again: mov rdi, rsi; mov rcx, rdx; 1: mov rbx, [rdi]; add rbx, 1; mov [rdi], rbx; add rdi, 8; dec rcx; jnz
@@ -39,7 +43,7 @@ class Guest:
         self.vm.set_memory_region(0, 0, MEMORY, gmem=self.gmem)
         view = self.gmem.mmap()
         view.write(CODE, code)
-        self._start = boot.long_mode(CODE, STACK, TABLES, MEMORY, view.write)
+        self._start = boot.long_mode(CODE, STACK, TABLES, MAPPED, view.write)
         self.gmem.convert(0, MEMORY, Access.PRIVATE)
         self.vcpu: VcpuHandle = self.vm.create_vcpu()
         self.vcpu.engine.set_sregs(self._start.sregs)
@@ -62,7 +66,9 @@ def run() -> None:
     with Host() as host:
         exits = [
             compare("OUT", *_exits(Guest(host, OUT)), "exit"),
+            compare("IN", _repeat(Guest(host, IN).vcpu.run), unit="exit"),
             compare("HLT", *_exits(Guest(host, HALT)), "exit"),
+            compare("MMIO read", _repeat(Guest(host, DEVICE_READ, rdi=DEVICE).vcpu.run), unit="exit"),
         ]
         report("exits", "engine alone", exits)
         report("faults of a guest", "", [compare("first touch of a private page", _touches(host), unit="page")])

@@ -282,3 +282,13 @@ def test_ports_and_devices_in_turn(engine: UnicornEngine, memory: Memory) -> Non
     assert run(engine) == PortIn(0x60, 1)
     engine.complete(0x42)
     assert to_the_end(engine) == [MmioWrite(MMIO, 4, 0x42), PortOut(0x61, 1, 0x42), Halt()]
+
+
+def test_a_device_that_is_too_far(engine: UnicornEngine, memory: Memory) -> None:
+    """Unicorn has 52 bits for host memory and devices together."""
+    engine.set_cpuid({(0x8000_0008, 0): (57 << 8 | 52, 0, 0, 0)})
+    start(engine, memory, b"\x8a\x07", rdi=DATA)
+    far = 1 << 51 | MMIO
+    memory.set_word(TABLES + 4 * PAGE + DATA // PAGE * 8, far | 0x67)
+    assert run(engine) == Stage2Miss(far)
+    assert isinstance(engine.emulate_mmio(far, False), Failed)

@@ -37,9 +37,9 @@ DEFAULT_CPUID: CpuidTable = {
     (0x4000_0001, 0): (0, 0, 0, 0),
     (0x8000_0000, 0): (0x8000_0008, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
     (0x8000_0001, 0): (0x0080_0F12, 0, _bits(0, 5, 6, 8), _EXTENDED_EDX),
-    (0x8000_0008, 0): (57 << 8 | 52, 0, 0, 0),
+    (0x8000_0008, 0): (57 << 8 | 48, 0, 0, 0),
 }
-"""Vendor AuthenticAMD, long mode, 52 physical and 57 linear bits, the signature of KVM at leaf 0x40000000."""
+"""Vendor AuthenticAMD, long mode, 48 physical and 57 linear bits, the signature of KVM at leaf 0x40000000."""
 
 
 def lookup(table: CpuidTable, leaf: int, subleaf: int) -> tuple[int, int, int, int]:

@@ -31,6 +31,7 @@ class Mmio:
         self._next = 0
         self._image = (0, 1, 0)
         self._aborted = False
+        self._hook: int | None = None
         self.writes: deque[MmioWrite] = deque()
         self._access_hook = uc_native.MemoryHook(core.guard(self._access))
         self._read_hook = uc_native.MmioReadHook(core.guard(self._read, 0))
@@ -57,24 +58,31 @@ class Mmio:
         """The answer to the read that ended the last step."""
         self._values.append(value)
 
-    def begin(self) -> int:
-        """Watch a step. The handle of the hook, for `end`."""
+    def begin(self) -> None:
+        """Watch a step."""
+        core = self._core
         self._next, self._image, self._aborted = 0, (0, 1, 0), False
         self.writes.clear()
-        self._core.cpu.save()
-        return uc_native.hook_add(self._core.handle, HOOK_MEMORY, self._access_hook, MMIO_BASE, 2 * MMIO_BASE - 1)
+        core.cpu.save()
+        if self._hook is None:
+            last = 2 * MMIO_BASE - 1
+            self._hook = uc_native.hook_add(core.handle, HOOK_MEMORY, self._access_hook, MMIO_BASE, last)
 
-    def end(self, hook: int) -> None:
-        """The step is over; how it ended, the core says as before.
+    def end(self) -> None:
+        """The step is over. What was aborted is taken back."""
+        if self._aborted:
+            self._core.cpu.restore()
+
+    def release(self) -> None:
+        """No step follows: the hook and the translations to the device must go before anything else is executed.
 
         A deleted hook stays in its list until a pass ends, and code that is translated meanwhile is slow for good: a
         pass that does nothing takes it out.
         """
-        core = self._core
-        if self._aborted:
-            core.cpu.restore()
-        uc_native.hook_del(core.handle, hook)
-        core.sealed_pass()
+        if self._hook is not None:
+            uc_native.hook_del(self._core.handle, self._hook)
+            self._hook = None
+            self._core.sealed_pass()
 
     def next_write(self) -> MmioWrite | None:
         """The oldest write that was not reported yet."""
@@ -114,7 +122,9 @@ class Mmio:
         if self._core.cause is None:
             whole = self.writes.pop()
             shift, mask = (gpa - whole.gpa) * 8, (1 << size * 8) - 1
-            self.writes.append(MmioWrite(whole.gpa, whole.size, whole.value & ~(mask << shift) | (value & mask) << shift))
+            self.writes.append(
+                MmioWrite(whole.gpa, whole.size, whole.value & ~(mask << shift) | (value & mask) << shift)
+            )
 
     def _check_piece(self, gpa: int) -> None:
         """A piece of something that was not announced belongs to an access that began in another page."""

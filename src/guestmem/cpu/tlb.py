@@ -23,7 +23,7 @@ from guestmem.cpu.uc_core import CODE_CHANGED, HOOK_TLB_FILL, Core, Refusal
 from guestmem.cpu.x86_env import Env
 
 MMIO_BASE = 1 << 51
-"""Of the area for MMIO, which is as large: host addresses have 47 or 56 bits, guest-physical ones here at most 51."""
+"""Of the area for MMIO, which is as large: a device beyond 51 bits, if CPUID allows such addresses, is not emulated."""
 
 _READ, _WRITE, _EXECUTE = 1, 2, 4
 _ACCESS = {16: Access.READ, 17: Access.WRITE, 18: Access.FETCH}  # UC_MEM_READ, UC_MEM_WRITE, UC_MEM_FETCH
@@ -140,7 +140,7 @@ class Tlb:
             found = GuestPage(found.gpa, False, False, True, True)
         page = physical.page(found.gpa, write, found.private)
         if page is None:
-            if found.gpa in self.mmio and access is not Access.FETCH:
+            if found.gpa in self.mmio and found.gpa < MMIO_BASE and access is not Access.FETCH:
                 return MMIO_BASE + found.gpa, _WRITE if write else _READ
             return Stage2Refused(found.gpa, write, access is Access.FETCH, found.private, whole_page=True)
         permissions = _READ if found.readable else 0

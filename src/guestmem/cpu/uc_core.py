@@ -127,14 +127,14 @@ class Core:
     def sealed_pass(self) -> None:
         """A pass in which no fetch succeeds and nothing happens: at its end Unicorn lets go of hooks that were deleted.
 
-        How the pass before it has ended stays on record.
+        Unicorn's TLB is empty after it.
         """
-        record = self.cause, self.refused, self.fault_address, self.exception, self.halted
         uc_native.flush_tlb(self.handle)
         self.sealed = True
-        self.emulate()
-        self.sealed = False
-        self.cause, self.refused, self.fault_address, self.exception, self.halted = record
+        try:
+            self.emulate()
+        finally:
+            self.sealed = False
 
     def stop(self, cause: Cause) -> None:
         """For hooks: end the pass because of `cause`, at the start of the next block, or in a step at once."""

@@ -57,6 +57,7 @@ class Vcpu:
                 return stop
         if self.mmio.active:
             return self._advance_mmio()
+        self.mmio.release()
         interrupts = self.interrupts
         if interrupts.vector is not None or interrupts.nmi or interrupts.window:
             return self._advance_interrupted()
@@ -238,11 +239,11 @@ class Vcpu:
     def _advance_mmio(self) -> Stop | None:
         """One step of an instruction that uses MMIO."""
         core, mmio = self.core, self.mmio
-        hook = mmio.begin()
+        mmio.begin()
         try:
             code = self._step()
         finally:
-            mmio.end(hook)
+            mmio.end()
         if isinstance(core.cause, PortIn):
             self.ports.roll_back()
             return self._failed("INS to MMIO")
