@@ -14,6 +14,7 @@ import typer
 
 from guestmem.cli.run_report import print_report
 from guestmem.serve import launch
+from guestmem.serve.seccomp.start import CannotTrace
 from guestmem.serve.server import Server
 from guestmem.trace import json_writer, text_writer
 from guestmem.uapi.levels import LEVELS
@@ -27,6 +28,9 @@ def run(
     abi: Annotated[str, typer.Option(help=f"ABI level: {', '.join(LEVELS)}.")] = "future",
     explain: Annotated[bool, typer.Option("--explain", help="After the run, say what was called and refused.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write every event to this file.")] = None,
+    transport: Annotated[
+        launch.Transport, typer.Option(help="How its calls come here; auto is seccomp for static programs.")
+    ] = launch.Transport.AUTO,
 ) -> None:
     """Run a KVM program on a software /dev/kvm with guest_memfd as of an ABI level.
 
@@ -43,7 +47,9 @@ def run(
         if trace is not None:
             _trace(server, stack.enter_context(trace.open("w")), json=trace.suffix.startswith(".json"))
         try:
-            status = launch.run(server, [path, *command[1:]])
+            status = launch.run(server, [path, *command[1:]], transport)
+        except CannotTrace as error:
+            raise _failure(str(error)) from None
         except launch.NoShim:
             raise _failure("no shim: guestmem was installed without a C compiler, see guestmem doctor") from None
         except OSError as error:

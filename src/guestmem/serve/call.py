@@ -7,7 +7,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from guestmem.memory import File
-from guestmem.serve.channel import Channel, ClientGone
+from guestmem.serve.channel import ClientGone
+from guestmem.serve.client_thread import ClientThread
 from guestmem.serve.files import GmemFile, ServedFile
 from guestmem.serve.wire import KEEP_ON_EXEC, Op, Request, Upcall, pack_answer
 from guestmem.trace import Refusal
@@ -39,7 +40,7 @@ class Call:
     )
 
     def __init__(
-        self, server: Server, channel: Channel, client: Client, request: Request, file: ServedFile | None
+        self, server: Server, channel: ClientThread, client: Client, request: Request, file: ServedFile | None
     ) -> None:
         self.server = server
         self.channel = channel

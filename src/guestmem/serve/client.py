@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from guestmem.sched import Operation, park
 from guestmem.serve.channel import Channel, ClientGone, UpcallResult
 from guestmem.serve.client_memory import ClientMemory
+from guestmem.serve.client_thread import ClientThread
 from guestmem.serve.guard import Guard, Overlay, Userfaultfd
 from guestmem.serve.wire import Upcall
 
@@ -23,7 +24,7 @@ class Client:
         self.number = number
         self.pid = pid
         self.channels: set[Channel] = set()
-        self.helper: Channel | None = None
+        self.helper: ClientThread | None = None
         self.alive = True
         self.memory = ClientMemory(self)
         self.guard: Guard = Overlay(self)
@@ -50,7 +51,7 @@ class Client:
         channel = await self._thread()
         return await channel.upcall(op, payload, a, b, c, d, fds)
 
-    async def _thread(self) -> Channel:
+    async def _thread(self) -> ClientThread:
         call = self.server.current_call()
         if call is not None and call.channel.client is self and call.channel.open:
             return call.channel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import signal
 import subprocess
@@ -13,11 +14,22 @@ from guestmem.host import Host
 from guestmem.native import shim_path
 from guestmem.serve.report import Report
 from guestmem.serve.requests import HANDLERS
+from guestmem.serve.seccomp import run as traced
+from guestmem.serve.seccomp.elf import is_static
 from guestmem.serve.server import Server
 from guestmem.uapi.levels import AbiLevel
 
 SOCKET_VARIABLE = "GUESTMEM_SOCKET"
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Transport(enum.Enum):
+    """How a client's calls come here."""
+
+    AUTO = "auto"
+    """PRELOAD for a dynamic program, SECCOMP for a static one."""
+    PRELOAD = "preload"
+    SECCOMP = "seccomp"
 
 
 class NoShim(Exception):
@@ -29,12 +41,17 @@ def make_server(level: AbiLevel) -> Server:
     return Server(Host(level=level, memory=1 << 52), HANDLERS, Report())
 
 
-def run(server: Server, command: Sequence[str]) -> int:
-    """Run `command` and serve it, and what it starts, until all have ended. The wait status as subprocess has it:
-    an exit code, or minus the signal that killed it.
+def run(server: Server, command: Sequence[str], transport: Transport = Transport.AUTO) -> int:
+    """Run `command`, the path of a program and its arguments, and serve it, and what it starts, until all have ended.
+    The wait status as subprocess has it: an exit code, or minus the signal that killed it.
 
-    Raises: NoShim; OSError if the command cannot be started.
+    Raises: NoShim; CannotTrace; OSError if the command cannot be started.
     """
+    static = is_static(Path(command[0]))
+    if transport is Transport.SECCOMP or (static and transport is Transport.AUTO):
+        program = "a static program, into which nothing can be preloaded" if static else "a dynamic program"
+        server.report.notes.append(f"{command[0]} is {program}: its calls came by seccomp notification and ptrace")
+        return traced.run(server, command)
     shim = shim_path()
     if shim is None:
         raise NoShim

@@ -55,7 +55,11 @@ class Report:
 
     def failed(self, call: Call, bug: Exception) -> None:
         """An error that is no refusal is a bug of ours: the client got EIO."""
-        self.bugs.append(f"{call_name(call)}:\n{''.join(traceback.format_exception(bug))}")
+        self.bug(call_name(call), bug)
+
+    def bug(self, what: str, bug: Exception) -> None:
+        """The same, outside of a call of the wire."""
+        self.bugs.append(f"{what}:\n{''.join(traceback.format_exception(bug))}")
 
 
 def call_name(call: Call) -> str:

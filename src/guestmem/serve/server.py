@@ -124,6 +124,10 @@ class Server:
     def _begin(self, call: Call, handler: Handler) -> None:
         self.scheduler.begin(self._serve(call, handler), "call")
 
+    async def serve(self, call: Call) -> None:
+        """Work on a request of a thread that has no channel; its `answer` gets the answer."""
+        await self._serve(call, self._handlers[call.request.op])
+
     async def _serve(self, call: Call, handler: Handler) -> None:
         task = self.scheduler.current
         assert task is not None
@@ -188,7 +192,7 @@ class Server:
             channel.answer(pack_answer(-1, errno.EPROTO), [])
         else:
             if request.op == Op.SYNC:
-                self._notice_releases()
+                self.notice_releases()
             if request.op == Op.GUARD and fds:
                 client.use_userfaultfd(fds.pop(0))
             file = self.files.get(request.file) if request.file else None
@@ -215,7 +219,7 @@ class Server:
             return
         client = self.clients.get(request.c)
         if client is None or not client.alive or client.pid != pid:
-            client = self._new_client(pid)
+            client = self.new_client(pid)
         channel.client = client
         client.channels.add(channel)
         if request.flags & HELLO_HELPER:
@@ -225,7 +229,7 @@ class Server:
         close_all(fds)
         self._begin(Call(self, channel, client, request, None), self._welcome)
 
-    def _new_client(self, pid: int) -> Client:
+    def new_client(self, pid: int) -> Client:
         """A process that we have not seen, or one whose memory is new since: it has called exec."""
         for former in [client for client in self.clients.values() if client.pid == pid]:
             former.end()
@@ -275,7 +279,7 @@ class Server:
         finally:
             self.releases -= 1
 
-    def _notice_releases(self) -> None:
+    def notice_releases(self) -> None:
         """Take note of the descriptors that have been closed up to now."""
         for fd, _ in self._poll.poll(0):
             if fd in self._tokens or fd == self.files.inotify:

@@ -93,5 +93,22 @@ def pack_answer(value: int, error: int = 0, payload: bytes = b"", a: int = 0, b:
     return _ANSWER.pack(0, error, value, a, b, c, 0) + payload
 
 
+class Answer(NamedTuple):
+    """What goes back for a request; see `pack_answer`."""
+
+    error: int
+    value: int
+    payload: bytes
+    a: int
+    b: int
+    c: int
+
+
+def unpack_answer(data: bytes) -> Answer:
+    """The other way round."""
+    _, error, value, a, b, c, _ = _ANSWER.unpack_from(data)
+    return Answer(error, value, data[HEADER:], a, b, c)
+
+
 def pack_upcall(op: Upcall, payload: bytes = b"", a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> bytes:
     return _ANSWER.pack(op, 0, 0, a, b, c, d) + payload

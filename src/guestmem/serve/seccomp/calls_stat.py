@@ -1,0 +1,131 @@
+"""What our files look like: as anonymous inodes, though they are memfds and sockets."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from guestmem.serve.files import ServedFile
+from guestmem.serve.seccomp.bpf import SystemCall
+from guestmem.serve.seccomp.calls_open import DEVICES, path_at
+from guestmem.serve.seccomp.descriptors import as_int, file_at
+from guestmem.serve.seccomp.numbers import Nr
+from guestmem.serve.seccomp.tracee import NATIVE, Result, Tracee
+from guestmem.serve.seccomp.user_memory import write_memory
+from guestmem.serve.wire import FileKind
+
+Work = Coroutine[Any, Any, Result] | None
+_STAT = struct.Struct("<QQQIIIIQqqqqqqqqq24x")
+_STATX = struct.Struct("<IIQIIIHHQQQQ16s16s16s16sIIIIQ104x")
+_STATFS = struct.Struct("<qqQQQQQiiqqq32x")
+_TIME = struct.Struct("<qI4x")
+_STATX_BASIC = 0x7FF
+_KVM_DEVICE = os.makedev(10, 232)
+_ANON_INODE_FS, _ST_VALID = 0x09041934, 0x20
+_BLOCK = 4096
+_MODES = {
+    FileKind.KVM: stat.S_IFCHR | 0o660,
+    FileKind.VM: 0o600,
+    FileKind.VCPU: 0o600,
+    FileKind.GMEM: stat.S_IFREG | 0o600,
+    FileKind.GUP_TEST: stat.S_IFREG | 0o600,
+}
+
+
+def _found(tracee: Tracee, fd: int) -> os.stat_result:
+    """What is behind a file of ours. Raises: OSError."""
+    return os.stat(f"/proc/{tracee.tid}/fd/{as_int(fd)}")
+
+
+def _fstat(tracee: Tracee, call: SystemCall) -> Work:
+    fd, buffer = call.arguments[:2]
+    file = file_at(tracee, fd)
+    return _show(tracee, fd, file, buffer) if file is not None else None
+
+
+def _fstatat(tracee: Tracee, call: SystemCall) -> Work:
+    fd, path, buffer = call.arguments[:3]
+    return _by_fd_or_path(tracee, fd, path, lambda file: _show(tracee, fd, file, buffer))
+
+
+def _stat_path(tracee: Tracee, call: SystemCall) -> Work:
+    return _show(tracee, -1, None, call.arguments[1]) if path_at(tracee, call.arguments[0]) in DEVICES else None
+
+
+def _by_fd_or_path(tracee: Tracee, fd: int, path: int, show: Callable[[ServedFile | None], Work]) -> Work:
+    """A name of a device on a machine that has none; or no name, but a descriptor of ours."""
+    name = path_at(tracee, path)
+    if name:
+        missing = name in DEVICES and not os.path.exists(name)
+        return show(None) if missing else None
+    file = file_at(tracee, fd)
+    return show(file) if file is not None else None
+
+
+async def _show(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> Result:
+    """struct stat."""
+    kind = FileKind.KVM if file is None else file.kind
+    device = _KVM_DEVICE if kind == FileKind.KVM else 0
+    if file is None:
+        data = _STAT.pack(0, 0, 1, _MODES[kind], 0, 0, 0, device, 0, _BLOCK, *(0,) * 7)
+    else:
+        try:
+            s = _found(tracee, fd)
+        except OSError:
+            return NATIVE
+        times = (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)
+        seconds = [part for time in times for part in divmod(time, 10**9)]
+        owner = (1, _MODES[kind], s.st_uid, s.st_gid, 0)
+        data = _STAT.pack(s.st_dev, s.st_ino, *owner, device, s.st_size, _BLOCK, 0, *seconds)
+    return 0 if write_memory(tracee.tid, buffer, data) else -errno.EFAULT
+
+
+def _statx(tracee: Tracee, call: SystemCall) -> Work:
+    fd, path, _, _, buffer = call.arguments[:5]
+    return _by_fd_or_path(tracee, fd, path, lambda file: _show_statx(tracee, fd, file, buffer))
+
+
+async def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> Result:
+    """struct statx: basic statistics, no time of birth."""
+    kind = FileKind.KVM if file is None else file.kind
+    device = _KVM_DEVICE if kind == FileKind.KVM else 0
+    devices = (os.major(device), os.minor(device))
+    if file is None:
+        head = (_STATX_BASIC, _BLOCK, 0, 1, 0, 0, _MODES[kind], 0, 0, 0, 0, 0)
+        data = _STATX.pack(*head, *(bytes(16),) * 4, *devices, 0, 0, 0)
+    else:
+        try:
+            s = _found(tracee, fd)
+        except OSError:
+            return NATIVE
+        none, access, change, modify = (
+            _TIME.pack(*divmod(time, 10**9)) for time in (0, s.st_atime_ns, s.st_ctime_ns, s.st_mtime_ns)
+        )
+        head = (_STATX_BASIC, _BLOCK, 0, 1, s.st_uid, s.st_gid, _MODES[kind], 0, s.st_ino, s.st_size, 0, 0)
+        place = (os.major(s.st_dev), os.minor(s.st_dev), 0)
+        data = _STATX.pack(*head, access, none, change, modify, *devices, *place)
+    return 0 if write_memory(tracee.tid, buffer, data) else -errno.EFAULT
+
+
+def _fstatfs(tracee: Tracee, call: SystemCall) -> Work:
+    fd, buffer = call.arguments[:2]
+    return _show_statfs(tracee, buffer) if file_at(tracee, fd) is not None else None
+
+
+async def _show_statfs(tracee: Tracee, buffer: int) -> Result:
+    data = _STATFS.pack(_ANON_INODE_FS, _BLOCK, 0, 0, 0, 0, 0, 0, 0, 255, _BLOCK, _ST_VALID)
+    return 0 if write_memory(tracee.tid, buffer, data) else -errno.EFAULT
+
+
+TABLE = {
+    Nr.FSTAT: _fstat,
+    Nr.NEWFSTATAT: _fstatat,
+    Nr.STAT: _stat_path,
+    Nr.LSTAT: _stat_path,
+    Nr.STATX: _statx,
+    Nr.FSTATFS: _fstatfs,
+}

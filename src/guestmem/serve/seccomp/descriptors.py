@@ -1,0 +1,37 @@
+"""Which descriptors of a client are files of ours: the file decides, by its inode number, not the number."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from guestmem.serve.files import ServedFile
+
+if TYPE_CHECKING:
+    from guestmem.serve.seccomp.tracee import Tracee
+
+
+def as_int(word: int) -> int:
+    """A C int argument, of which the kernel looks at the low half."""
+    word &= 0xFFFF_FFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+def as_long(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def file_at(tracee: Tracee, word: int) -> ServedFile | None:
+    """What the argument of a call refers to; None for all that is not ours."""
+    fd = as_int(word)
+    if fd < 0:
+        return None
+    try:
+        status = os.stat(f"/proc/{tracee.tid}/fd/{fd}")
+    except OSError:
+        return None
+    files = tracee.supervisor.server.files
+    if stat.S_ISSOCK(status.st_mode) or status.st_dev == files.gmem_device:
+        return files.get(status.st_ino)
+    return None

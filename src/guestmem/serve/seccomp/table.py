@@ -1,0 +1,32 @@
+"""From a system call's number to the function that looks at it.
+
+The function gets the thread and the call, and says at once whether the call concerns us: None if not, and the kernel
+does it; else the work, whose result is the call's: a number, -errno, or NATIVE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeAlias
+
+from guestmem.serve.seccomp import calls_close, calls_io, calls_ioctl, calls_memory, calls_open, calls_stat
+from guestmem.serve.seccomp.bpf import SystemCall
+from guestmem.serve.seccomp.numbers import Nr
+from guestmem.serve.seccomp.tracee import Result, Tracee
+
+Work: TypeAlias = Coroutine[Any, Any, Result]
+Handler: TypeAlias = Callable[[Tracee, SystemCall], Work | None]
+
+_TABLE: Mapping[Nr, Handler] = {
+    **calls_open.TABLE,
+    **calls_ioctl.TABLE,
+    **calls_memory.TABLE,
+    **calls_io.TABLE,
+    **calls_close.TABLE,
+    **calls_stat.TABLE,
+}
+
+
+def handle(tracee: Tracee, call: SystemCall) -> Work | None:
+    handler = _TABLE.get(Nr(call.number))
+    return handler(tracee, call) if handler is not None else None
