@@ -13,7 +13,7 @@ from guestmem.native import shim_path
 from tests.native.fake_server import FakeServer
 
 _CLIENTS = Path(__file__).with_name("clients")
-_SECONDS = 40
+_SECONDS = 120
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ _MEMORY = [
     "flags",
     "refused",
     "notices",
+    "moved_in_pieces",
     "watched",
     "maps",
     "raw",

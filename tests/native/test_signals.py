@@ -7,7 +7,7 @@ import pytest
 from tests.native.conftest import Run
 from tests.native.fake_server import FakeServer
 
-LONG, SHORT = 50.0, 0.1
+LONG, SHORT = 100.0, 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-/* The ranges of this process that the server must hear about: mappings of guest_memfds, and memory that a VM uses. A set
- * for each kind, since a memslot may lie over a mapping of a guest_memfd; sorted, without overlaps, neighbours merged.
+/* The ranges of this process that the server must hear about: mappings of guest_memfds, and memory that a VM uses; and what
+ * mbind() was told. A set for each kind, since they overlap; sorted, without overlaps in it, neighbours merged.
  * Signals are blocked while the lock is held, so that a handler cannot wait for its own thread. */
 #define _GNU_SOURCE
 #include "shim.h"
@@ -17,9 +17,9 @@ struct set {
     size_t count, capacity;
 };
 
-enum { SETS = 2 };
+enum { SETS = 3 };
 
-static struct set sets[SETS];                   /* of AREA_GMEM, of AREA_WATCHED */
+static struct set sets[SETS];                   /* of AREA_GMEM, AREA_WATCHED, AREA_BOUND */
 static uintptr_t lowest = UINTPTR_MAX, highest; /* bounds of all areas ever: most ranges are outside */
 static pthread_rwlock_t lock = PTHREAD_RWLOCK_INITIALIZER;
 
@@ -31,6 +31,11 @@ static size_t set_count(int i)
 bool areas_exist(void)
 {
     return set_count(0) || set_count(1);
+}
+
+static struct set *set_of(enum area_kind kind)
+{
+    return &sets[__builtin_ctz(kind)];
 }
 
 /* The index of the first area that ends after `start`. */
@@ -135,7 +140,7 @@ static void widen_bounds(struct area area)
 
 void areas_add(const void *address, size_t length, enum area_kind kind)
 {
-    struct set *set = &sets[kind - 1];
+    struct set *set = set_of(kind);
     struct area area = {(uintptr_t)address, range_end(address, length)};
     kernel_sigset old = signals_block();
     pthread_rwlock_wrlock(&lock);
@@ -178,5 +183,5 @@ void areas_unlock(void)
 void areas_after_fork(void)
 {
     lock = (pthread_rwlock_t)PTHREAD_RWLOCK_INITIALIZER;
-    __atomic_store_n(&sets[AREA_WATCHED - 1].count, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&set_of(AREA_WATCHED)->count, 0, __ATOMIC_RELEASE);
 }

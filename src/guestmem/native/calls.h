@@ -11,6 +11,8 @@ long call_munmap(void *address, size_t length);
 long call_mremap(void *address, size_t length, size_t new_length, int flags, void *new_address);
 long call_mprotect(void *address, size_t length, int protection, int key);
 long call_madvise(void *address, size_t length, int advice);
+long call_mbind(void *address, size_t length, int mode, const void *nodes, unsigned long count, unsigned flags);
+long call_get_mempolicy(int *mode, void *nodes, unsigned long count, void *address, unsigned flags);
 long call_close_range(unsigned first, unsigned last, unsigned flags);
 /* 1: none of ours, nothing was done. */
 long call_fallocate(int fd, int mode, off_t offset, off_t length);

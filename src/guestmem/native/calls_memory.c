@@ -136,16 +136,30 @@ EXPORT int munmap(void *address, size_t length)
     return (int)libc_result(call_munmap(address, length));
 }
 
+/* Guarded ranges are mappings of their own to the kernel, which moves one at a time. A length of 0 duplicates the whole:
+ * that, and then the old ones go. */
+static long remap_several(void *address, size_t length, size_t new_length, int flags, void *new_address)
+{
+    if (!length || !(flags & MREMAP_MAYMOVE))
+        return -EFAULT;
+    long moved = sys(SYS_mremap, address, 0, new_length, flags, new_address);
+    if (!is_error(moved))
+        sys(SYS_munmap, address, length);
+    return moved;
+}
+
 static long remap_gmem(void *address, size_t length, size_t new_length, int flags, void *new_address)
 {
-    if (flags & MREMAP_DONTUNMAP)
-        return -EINVAL;
+    size_t left = flags & MREMAP_DONTUNMAP ? 0 : length; /* what leaves the old place */
     long moved = sys(SYS_mremap, address, length, new_length, flags, new_address);
+    if (moved == -EFAULT && left)
+        moved = remap_several(address, length, new_length, flags, new_address);
     if (is_error(moved))
         return moved;
-    areas_remove(address, length, AREA_ANY);
+    if (left)
+        areas_remove(address, left, AREA_ANY);
     areas_add((void *)moved, new_length, AREA_GMEM);
-    call_words(OP_MOVED, 0, (uintptr_t)address, length, (uint64_t)moved, new_length);
+    call_words(OP_MOVED, 0, (uintptr_t)address, left, (uint64_t)moved, new_length);
     return moved;
 }
 

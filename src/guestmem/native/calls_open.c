@@ -64,6 +64,21 @@ static int open_maps(const char *path, int flags)
     return fd;
 }
 
+/* Programs that look at how the kvm module was loaded, where none is: as it is by default. */
+static bool is_module_parameter(const char *path)
+{
+    return !strcmp(path, "/sys/module/kvm/parameters/force_emulation_prefix");
+}
+
+static int open_module_parameter(void)
+{
+    long fd = sys(SYS_memfd_create, "parameter", 0);
+    if (is_error(fd))
+        return fail(ENOENT);
+    sys(SYS_pwrite64, fd, "0\n", 2, 0);
+    return (int)fd;
+}
+
 int open_any(int directory, const char *path, int flags, mode_t mode)
 {
     struct file file;
@@ -75,7 +90,9 @@ int open_any(int directory, const char *path, int flags, mode_t mode)
     if (kind_of_name(path, &file) != KIND_NONE)
         return fail(ENXIO);
     int fd = areas_exist() && name_is_maps(path) ? open_maps(path, flags) : -1;
-    return fd >= 0 ? fd : REAL(openat)(directory, path, flags, mode);
+    if (fd < 0)
+        fd = REAL(openat)(directory, path, flags, mode);
+    return fd < 0 && errno == ENOENT && is_module_parameter(path) ? open_module_parameter() : fd;
 }
 
 static bool needs_mode(int flags)
@@ -185,7 +202,7 @@ EXPORT ssize_t readlinkat(int directory, const char *path, char *buffer, size_t 
     return readlink_any(directory, path, buffer, size);
 }
 
-/* ---- truncate, name_to_handle_at */
+/* ---- truncate, execveat, name_to_handle_at */
 
 EXPORT int truncate(const char *path, off_t size)
 {
@@ -203,4 +220,12 @@ EXPORT int name_to_handle_at(int directory, const char *path, struct file_handle
     if (flags & AT_EMPTY_PATH && file_of_marked(directory, &file) != KIND_NONE)
         return fail(EOPNOTSUPP);
     return (int)libc_result(sys(SYS_name_to_handle_at, directory, path, handle, mount, flags));
+}
+
+EXPORT int execveat(int directory, const char *path, char *const arguments[], char *const environment[], int flags)
+{
+    struct file file;
+    if (flags & AT_EMPTY_PATH && file_of_marked(directory, &file) != KIND_NONE)
+        return fail(EACCES);
+    return (int)libc_result(sys(SYS_execveat, directory, path, arguments, environment, flags));
 }

@@ -21,12 +21,14 @@ __attribute__((visibility("hidden"), used)) const uint64_t syscalls_handled[8] =
           BIT(SYS_dup2) | BIT(SYS_recvmsg),
     [SYS_fcntl / 64] = BIT(SYS_fcntl) | BIT(SYS_fsync) | BIT(SYS_fdatasync) | BIT(SYS_ftruncate) | BIT(SYS_fchmod) |
                        BIT(SYS_fchown) | BIT(SYS_truncate),
+    [SYS_mbind / 64] = BIT(SYS_mbind) | BIT(SYS_get_mempolicy),
     [SYS_openat / 64] = BIT(SYS_openat) | BIT(SYS_fallocate) | BIT(SYS_dup3) | BIT(SYS_newfstatat),
     [SYS_statx / 64] = BIT(SYS_statx) | BIT(SYS_pkey_mprotect),
     [SYS_close_range / 64] = BIT(SYS_close_range) | BIT(SYS_openat2) | BIT(SYS_pidfd_getfd),
 };
 
 _Static_assert(SYS_fcntl / 64 == 1 && SYS_truncate / 64 == 1 && SYS_fsync / 64 == 1 && SYS_fchown / 64 == 1, "word 1");
+_Static_assert(SYS_mbind / 64 == 3 && SYS_get_mempolicy / 64 == 3, "word 3");
 _Static_assert(SYS_openat / 64 == 4 && SYS_fallocate / 64 == 4 && SYS_dup3 / 64 == 4 && SYS_newfstatat / 64 == 4, "word 4");
 _Static_assert(SYS_statx / 64 == 5 && SYS_pkey_mprotect / 64 == 5, "word 5");
 _Static_assert(SYS_close_range / 64 == 6 && SYS_openat2 / 64 == 6 && SYS_pidfd_getfd / 64 == 6, "word 6");
@@ -177,6 +179,10 @@ __attribute__((visibility("hidden"), used)) long syscall_of_ours(long number, lo
         return libc_result(call_mprotect((void *)a, (size_t)b, (int)c, (int)d));
     case SYS_madvise:
         return libc_result(call_madvise((void *)a, (size_t)b, (int)c));
+    case SYS_mbind:
+        return libc_result(call_mbind((void *)a, (size_t)b, (int)c, (const void *)d, (unsigned long)e, (unsigned)f));
+    case SYS_get_mempolicy:
+        return libc_result(call_get_mempolicy((int *)a, (void *)b, (unsigned long)c, (void *)d, (unsigned)e));
     case SYS_msync:
         return msync_any((void *)a, (size_t)b, (int)c);
     default:

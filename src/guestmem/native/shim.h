@@ -151,7 +151,7 @@ void files_sync(void);
 
 /* ---- areas.c: ranges of this process that the server must hear about */
 
-enum area_kind { AREA_GMEM = 1, AREA_WATCHED = 2, AREA_ANY = 3 };
+enum area_kind { AREA_GMEM = 1, AREA_WATCHED = 2, AREA_BOUND = 4, AREA_ANY = 7 };
 
 bool areas_touch(const void *address, size_t length, enum area_kind kinds);
 void areas_add(const void *address, size_t length, enum area_kind kind);

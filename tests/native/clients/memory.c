@@ -100,7 +100,7 @@ static void refused(void)
     CHECK_ERRNO(msync(map, PAGE, MS_SYNC), EINVAL);
     CHECK(!msync(map, PAGE, MS_ASYNC) && !madvise(map, PAGE, MADV_HUGEPAGE));
     CHECK_ERRNO(madvise(map, PAGE, 25 /* MADV_COLLAPSE */), EINVAL);
-    CHECK_ERRNO(mremap(map, PAGE, PAGE, MREMAP_MAYMOVE | 4 /* MREMAP_DONTUNMAP */, NULL), EINVAL);
+    CHECK_ERRNO(mremap(map, PAGE, PAGE, 4 /* MREMAP_DONTUNMAP */, NULL), EINVAL);
     int fault_fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | 1);
     struct uffdio_api api = {.api = UFFD_API};
     struct uffdio_register range = {.range = {(uintptr_t)map, PAGE}, .mode = UFFDIO_REGISTER_MODE_MISSING};
@@ -128,6 +128,20 @@ static void notices(void)
     CHECK(over == moved && noted() == ++before);
     CHECK_ERRNO(munmap(moved + PAGE + 1, PAGE), EINVAL);
     CHECK(noted() == before && !munmap(moved, 6 * PAGE) && noted() == ++before);
+}
+
+/* To the kernel a guarded page is a mapping of its own; to the client it is not. */
+static void moved_in_pieces(void)
+{
+    set_up(8 * PAGE);
+    for (size_t page = 0; page < 8; page++)
+        map[page * PAGE] = (char)page;
+    CHECK(!ioctl(kvm, ZAP_PAGE, map + PAGE));
+    int before = noted();
+    char *room = mmap(0, 8 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *moved = mremap(map, 4 * PAGE, 6 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, room);
+    CHECK(moved == room && noted() == before + 1 && moved[3 * PAGE] == 3 && moved[5 * PAGE] == 5);
+    CHECK(touch(map) == SIGSEGV && map[5 * PAGE] == 5);
 }
 
 static void watched(void)
@@ -189,6 +203,7 @@ int main(int argc, char **argv)
         {"flags", flags},
         {"refused", refused},
         {"notices", notices},
+        {"moved_in_pieces", moved_in_pieces},
         {"watched", watched},
         {"maps", maps},
         {"raw", raw},

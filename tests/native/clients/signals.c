@@ -37,9 +37,10 @@ static void wait_microseconds(unsigned microseconds)
 {
     struct timespec start, now;
     clock_gettime(CLOCK_MONOTONIC, &start);
-    do
+    do {
+        sched_yield();
         clock_gettime(CLOCK_MONOTONIC, &now);
-    while ((now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec < microseconds * 1000L);
+    } while ((now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec < microseconds * 1000L);
 }
 
 /* Kicks once a round, somewhere around the moment when the run begins. */
@@ -48,7 +49,7 @@ static void *kicker(void *target)
     unsigned seed = 1;
     for (int round = 1; round <= ROUNDS; round++) {
         while (stage != round)
-            ;
+            sched_yield();
         wait_microseconds((unsigned)rand_r(&seed) % 120);
         pthread_kill(*(pthread_t *)target, SIGUSR1);
     }
