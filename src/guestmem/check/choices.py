@@ -17,6 +17,8 @@ from typing import NamedTuple
 PASS = 0xFE
 FAIL = 0xFF
 MAX_ACTORS = 26
+ONE = tuple(bytes((choice,)) for choice in range(256))
+"""Each choice as bytes."""
 
 _PART = re.compile(r"([a-z])(\d*)|([!.])")
 _TOKEN = re.compile(r"(?P<path>[a-z0-9!.]*)(?:\((?P<cycle>[a-z0-9!.]+)\))?")

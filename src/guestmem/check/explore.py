@@ -22,7 +22,7 @@ from guestmem.check.strategies.strategy import SEEN, STOP, Start, Strategy
 EXHAUSTED, LIMIT, VIOLATED = "exhausted", "limit", "violated"
 _REPORT_EVERY_S = 0.2
 _RUN_TWICE = 3
-_COLLECT_EVERY = 100
+_COLLECT_AT = 20_000  # objects; an execution's garbage has cycles, and collecting it in batches is cheaper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Exploration:
         self.strategy = strategy
         self.limits = limits
         self.result = Result(scenario.name, LIMIT, scenario.bound)
-        self._answers: set[str] = set()
+        self._answers: set[tuple[str, tuple[str, ...]]] = set()
 
     def go(self, progress: Progress | None = None, conclude_at_end: bool = True) -> Result:
         """Search to the verdict; without `conclude_at_end` a search with nothing left has none, as a part of one."""
@@ -79,7 +79,7 @@ class Exploration:
         reported = began
         result, limits = self.result, self.limits
         collecting = gc.isenabled()
-        gc.disable()  # an execution's garbage has cycles; collecting it in batches is cheaper
+        gc.disable()
         try:
             while True:
                 if result.executions >= limits.executions:
@@ -94,7 +94,7 @@ class Exploration:
                 result.executions += 1
                 if self._execute(start):
                     break
-                if result.executions % _COLLECT_EVERY == 0:
+                if gc.get_count()[0] > _COLLECT_AT:
                     gc.collect(0)
                 now = time.perf_counter()
                 if now - began > limits.seconds:
@@ -133,17 +133,16 @@ class Exploration:
             return True
         finally:
             self.result.steps += len(run.choices)
-            run.world.forget()
+            run.forget()
         return False
 
     def _look_at_end(self, run: Run) -> None:
-        choices = bytes(run.choices)
-        run.world.check_state()
+        world = run.world
+        world.check_state()
         run.end()
-        for actor, answers in run.world.answers.items():
-            self._answers.update(f"{actor}: {answer}" for answer in answers)
+        self._answers.update(world.answers.items())
         if self.result.executions <= _RUN_TWICE:
-            self._run_twice(choices)
+            self._run_twice(bytes(run.choices))
 
     def _let_all_run(self, run: Run) -> None:
         """The starvation bound: an execution that is this long goes on round robin, and must then end."""
@@ -169,8 +168,8 @@ class Exploration:
     def _note(self, seconds: float) -> None:
         result = self.result
         result.seconds = seconds
-        result.answers = frozenset(self._answers)
-        result.never_seen = tuple(sorted(self.scenario.sometimes - self._answers))
+        result.answers = frozenset(f"{actor}: {answer}" for actor, answers in self._answers for answer in answers)
+        result.never_seen = tuple(sorted(self.scenario.sometimes - result.answers))
         result.fraction = self.strategy.fraction
         graph = self.strategy.graph
         if graph is not None:
@@ -220,7 +219,7 @@ def states_along(scenario: Scenario, choices: bytes) -> list[bytes]:
     try:
         return [run.world.digest() for _ in run.follow(choices)]
     finally:
-        run.world.forget()
+        run.forget()
 
 
 def describe_livelock(scenario: Scenario, schedule: Schedule) -> tuple[str, str]:
@@ -233,4 +232,4 @@ def describe_livelock(scenario: Scenario, schedule: Schedule) -> tuple[str, str]
         waiting = ", ".join(f"{task.name} at {task.operation}" for task in run.tasks if not task.done)
         return name, f"{OTHERS[name]} no more: {len(schedule.cycle)} steps repeat for ever, {waiting}"
     finally:
-        run.world.forget()
+        run.forget()

@@ -79,10 +79,14 @@ def _places_of(function: Any) -> list[tuple[Any, str, Any]]:
 
 
 def load(path: Path) -> list[Mutant]:
-    """The mutants of a file, or of every file of a folder, by file name. Raises: OSError."""
-    if path.is_dir():
-        return [found for file in sorted(path.glob("[a-z]*.py")) for found in load(file)]
+    """The mutants of a file. Raises: OSError."""
     return [value for value in vars(load_file(path)).values() if isinstance(value, Mutant)]
+
+
+def in_folder(folder: Path) -> list[str]:
+    """FILE.py:NAME of each mutant in the files of a folder, by file name; tests are passed over."""
+    files = sorted(file for file in folder.glob("[a-z]*.py") if not file.name.startswith("test_"))
+    return [f"{file.resolve()}:{each.name}" for file in files for each in load(file)]
 
 
 def find(name: str) -> Mutant:

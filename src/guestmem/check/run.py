@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from guestmem.check.choices import FAIL, MAX_ACTORS, PASS
 from guestmem.check.invariants import Violation
 from guestmem.check.scenario import Scenario
-from guestmem.sched import Deadlock, LockOrderViolation, Task
+from guestmem.sched import Deadlock, Fifo, LockOrderViolation, Task
 from guestmem.sched.scheduler import always
 
+_IDLE = Fifo()
 _NUMBERED = re.compile(r"([SL]\d+)\b[: ]\s*")
 
 
@@ -86,8 +87,8 @@ class Run:
         self.choices.append(number)
         task = self.tasks[number]
         self.world.scheduler.advance(task)
-        if task.done and task.failed:
-            task.outcome()
+        if task._error is not None:
+            raise task._error
 
     def replay(self, choices: bytes, preemptions: int, checkpoint: tuple[int, bytes] | None = None) -> None:
         """Make the choices of an earlier execution again; `preemptions` is what they count.
@@ -103,21 +104,19 @@ class Run:
         if not choices:
             return
         tasks = self.tasks
-        advance = self.world.scheduler.advance
         try:
             if self.world.failures_left:
                 self._replay_with_failures(choices)
             else:
-                for number in choices:
-                    advance(tasks[number])
+                self.world.scheduler.advance_along(tasks, choices)
                 self.choices += choices
                 self.last = choices[-1]
         except (RuntimeError, IndexError, ValueError) as error:
             raise Nondeterminism(f"a replayed task has nothing to do: {error}") from error
         self.preemptions = preemptions
         for task in tasks:
-            if task.done and task.failed:
-                task.outcome()
+            if task._error is not None:
+                raise task._error
 
     def _replay_with_failures(self, choices: bytes) -> None:
         self._replayed = choices
@@ -149,16 +148,26 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return all(task.done for task in self.tasks)
+        return not self.world.scheduler.parked
 
     def end(self) -> None:
         """Nobody is ready. Raises: Deadlock, or Violation for what is left behind."""
         if not self.done:
             raise Deadlock([task for task in self.tasks if not task.done])
         self.world.check_end()
+        if self.scenario.never:
+            self._check_answers(self.scenario.never)
+
+    def forget(self) -> None:
+        """Give everything back. World and run hold each other until here."""
+        world = self.world
+        world.forget()
+        world.scheduler.policy = _IDLE
+
+    def _check_answers(self, never: frozenset[str]) -> None:
         for actor, answers in self.world.answers.items():
             for answer in answers:
-                if f"{actor}: {answer}" in self.scenario.never:
+                if f"{actor}: {answer}" in never:
                     raise Violation("never", f"{actor} was answered {answer}")
 
 

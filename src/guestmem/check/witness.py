@@ -82,7 +82,7 @@ def replay(scenario: Scenario, schedule: Schedule) -> Result:
             result.verdict = VIOLATED
             result.property, result.facts = describe_livelock(scenario, schedule)
     finally:
-        run.world.forget()
+        run.forget()
     return result
 
 
@@ -122,7 +122,7 @@ def tell(scenario: Scenario, schedule: Schedule) -> Story:
             except Exception as error:
                 broken = broken_property(error)
     finally:
-        machine.forget()
+        run.forget()
     cycle_at = None
     if schedule.cycle:
         broken = describe_livelock(scenario, schedule)

@@ -109,9 +109,7 @@ def _scenarios(names: list[str]) -> list[str]:
 def _mutants(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise OSError(f"no folder {folder}: run in the repository, or name it with --mutants-in")
-    return [
-        f"{file.resolve()}:{each.name}" for file in sorted(folder.glob("[a-z]*.py")) for each in mutant_files.load(file)
-    ]
+    return mutant_files.in_folder(folder)
 
 
 def _nothing(why: str) -> NoReturn:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guestmem.check.choices import FAIL
+from guestmem.check.choices import FAIL, ONE
 from guestmem.check.run import Run, is_preempted
 from guestmem.check.strategies.strategy import Start, Stateless
 
@@ -32,14 +32,20 @@ class Dfs(Stateless):
     def choose(self, run: Run, ready: Sequence[int]) -> int:
         if len(ready) == 1:
             return ready[0]
-        first, others, used = branches(run, ready, self.preemptions)
+        if self.preemptions is None:
+            first, others, used = run.last, ready, 0
+            if first not in ready:
+                first = ready[0]
+        else:
+            first, others, used = branches(run, ready, self.preemptions)
         made = bytes(run.choices)
         for number in others:
-            self._stack.append(Start(made + bytes((number,)), used))
+            if number != first:
+                self._stack.append(Start(made + ONE[number], used))
         return first
 
     def fails(self, run: Run, step: str) -> bool:
-        self._stack.append(Start(bytes(run.choices) + bytes((FAIL,)), run.preemptions))
+        self._stack.append(Start(bytes(run.choices) + ONE[FAIL], run.preemptions))
         return False
 
 

@@ -19,7 +19,6 @@ from guestmem.check.liveness import Edge
 from guestmem.check.run import Run, is_preempted
 from guestmem.check.strategies.dfs import branches
 from guestmem.check.strategies.strategy import SEEN, Start
-from guestmem.sched.fingerprint import DIGEST_SIZE
 
 MAX_STATES = 2_000_000
 _VERIFY_EVERY = 61
@@ -87,7 +86,8 @@ class States:
         self._here = here = self.frontier.pop()
         self._starts += 1
         if here.source and self._starts % _VERIFY_EVERY == 0:
-            return here.start._replace(checkpoint=(here.source_at, here.source[:DIGEST_SIZE]))
+            digest = here.source if self.preemptions is None else here.source[:-1]
+            return here.start._replace(checkpoint=(here.source_at, digest))
         return here.start
 
     def choose(self, run: Run, ready: Sequence[int]) -> int:

@@ -1,0 +1,31 @@
+"""The entries of known_bugs.md whose code the product does not have yet, and what they wait for.
+
+Not mutants: an entry moves out of here with the code that it is about (test_known_bugs.py counts both).
+"""
+
+NOT_COVERED = {
+    "B09": "no folio larger than 4K is made: huge pages",
+    "B10": "no NUMA policy is kept",
+    "B16": "populate writes to no source: SNP's CPUID page",
+    "B17": "no dirty state is kept: SNP's CPUID page",
+    "B22": "no per-CPU LRU batches hold references",
+    "B27": "no leaf is ever made more permissive: a fault maps with all that its page allows",
+    "B33": "no direct map",
+    "B36": "no count of safe references: references are looked at under the exclusive lock",
+    "B40": "no call sets an identity: linking and migration",
+    "B41": "SNP",
+    "B43": "SEV migration",
+    "B44": "SNP",
+    "B45": "SNP",
+    "B47": "SNP and the IOMMU",
+    "B49": "TDX",
+    "B50": "TDX",
+    "B55": "IOMMU",
+    "B57": "IOMMU",
+    "B59": "IOMMU",
+    "B62": "a VMM's bug, with the IOMMU",
+    "B63": "a VMM's bug, with the IOMMU",
+    "B68b": "a VMM's bug: nobody forbids a discard here",
+    "B69": "no subpool: huge pages",
+    "B72": "IOMMU",
+}
