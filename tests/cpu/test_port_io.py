@@ -124,14 +124,70 @@ def test_rep_outs(engine: UnicornEngine, memory: Memory) -> None:
 
 def test_rep_ins_backwards(engine: UnicornEngine, memory: Memory) -> None:
     start(engine, memory, b"\xfd\xf3\x6d" + HLT, rdi=DATA + 8, rdx=0x70, rcx=3)  # std; rep insd
-    for i, value in enumerate((0x1111_1111, 0x2222_2222, 0x3333_3333)):
-        assert run(engine) == PortIn(0x70, 4)
-        regs = engine.get_regs()
-        assert (regs.rip, regs.rcx, regs.rdi) == (CODE + 1, 3 - i, DATA + 8 - i * 4)
-        engine.complete(value)
-    assert run(engine) == Halt()
+    assert run(engine) == PortIn(0x70, 4, count=3)
+    regs = engine.get_regs()
+    assert (regs.rip, regs.rcx, regs.rdi) == (CODE + 1, 3, DATA + 8)
+    engine.complete(0x3333_3333_2222_2222_1111_1111)
     assert (engine.get_regs().rcx, engine.get_regs().rdi) == (0, DATA - 4)
+    assert run(engine) == Halt()
     assert memory.read(DATA, 12) == b"\x33" * 4 + b"\x22" * 4 + b"\x11" * 4
+
+
+@pytest.mark.parametrize(
+    ("code", "rdi", "rcx", "counts"),
+    [
+        (b"\xf3\x6c", DATA, 5, [5]),
+        (b"\xf3\x6c", DATA, 2500, [1024, 1024, 452]),
+        (b"\xf3\x66\x6d", DATA, 1000, [512, 488]),
+        (b"\xf3\x6c", DATA + PAGE - 3, 8, [3, 5]),
+        (b"\xf3\x66\x6d", DATA + PAGE - 3, 4, [3, 1]),
+        (b"\x67\xf3\x6c", DATA, 0x1_0000_0003, [3]),
+        (b"\x6c", DATA, 9, [1]),
+    ],
+)
+def test_rep_ins_asks_ahead(
+    engine: UnicornEngine, memory: Memory, code: bytes, rdi: int, rcx: int, counts: list[int]
+) -> None:
+    """As KVM: to the end of the page, and 1024 bytes; an element across the border is among those before it."""
+    start(engine, memory, code + HLT, rdi=rdi, rdx=0x70, rcx=rcx)
+    size, written = (2 if b"\x6d" in code else 1), b""
+    for count in counts:
+        assert run(engine) == PortIn(0x70, size, count)
+        data = bytes((len(written) + i) * 3 + 1 & 0xFF for i in range(count * size))
+        engine.complete(int.from_bytes(data, "little"))
+        written += data
+    assert run(engine) == Halt()
+    assert memory.read(rdi, len(written) + 1) == written + b"\0"
+    assert engine.get_regs().rdi == rdi + len(written)
+
+
+@pytest.mark.parametrize(("asked", "instead", "taken"), [(2, 1, 1), (3, 6, 6), (5, 0, 0)])
+def test_the_vmm_changes_the_counter(
+    engine: UnicornEngine, memory: Memory, asked: int, instead: int, taken: int
+) -> None:
+    """As many are taken as the counter says then; there are no values for more than were asked for."""
+    start(engine, memory, b"\xf3\x6c" + HLT, rdi=DATA, rdx=0x70, rcx=asked)
+    assert run(engine) == PortIn(0x70, 1, asked)
+    regs = engine.get_regs()
+    regs.rcx = instead
+    engine.set_regs(regs)
+    engine.complete(0xAAAA_AAAA_AAAA & (1 << asked * 8) - 1)
+    assert run(engine) == Halt()
+    assert (engine.get_regs().rcx, engine.get_regs().rdi) == (0, DATA + taken)
+    assert memory.read(DATA, 8) == (b"\xaa" * min(asked, taken)).ljust(8, b"\0")
+
+
+def test_rep_ins_meets_a_page_that_is_missing(engine: UnicornEngine, memory: Memory) -> None:
+    """The dummy write of the first element finds out; the values that are there are not asked for again."""
+    start(engine, memory, b"\xf3\x66\x6d" + HLT, rdi=DATA + PAGE - 3, rdx=0x70, rcx=2)
+    assert run(engine) == PortIn(0x70, 2, 2)
+    memory.denied.add(DATA // PAGE + 1)
+    engine.complete(0x4433_2211)
+    assert engine.get_regs().rcx == 1
+    assert run(engine) == Stage2Miss(DATA + PAGE, write=True)
+    memory.denied.clear()
+    assert run(engine) == Halt()
+    assert memory.read(DATA + PAGE - 3, 4) == b"\x11\x22\x33\x44"
 
 
 def test_string_io_and_stage_2(engine: UnicornEngine, memory: Memory) -> None:

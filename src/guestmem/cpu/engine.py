@@ -76,10 +76,14 @@ class PortOut:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PortIn:
-    """IN of `size` bytes. `Engine.complete(value)` finishes it; run without it asks again."""
+    """IN of `size` bytes, or `count` of them for a REP INS. `Engine.complete` finishes it; run without it asks again.
+
+    The value is of `count * size` bytes, the first in the lowest.
+    """
 
     port: int
     size: int
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ an I/O breakpoint: with HF_IOBPT each port instruction asks for one right after 
 so that it hits. The #DB that it raises ends the pass between the two instructions; the registers of the guest's own
 breakpoints are put back, so a guest has no I/O breakpoints.
 
-OUT and OUTS are complete when their exit is seen; a REP executes one element per exit. IN and INS have executed with a
-zero, which is taken back: at the exit, registers are those before the instruction. The value completes IN by itself;
-INS is stepped once more, with the value. (INS has written zeros to its destination before it asks the port, as QEMU has
-it.)
+OUT and OUTS are complete when their exit is seen; a REP OUTS executes one element per exit. IN and INS have executed
+with a zero, which is taken back: at the exit, registers are those before the instruction. The value completes IN by
+itself; INS is stepped once more for each element, with its value. (INS has written zeros to its destination before it
+asks the port, as QEMU has it.) A REP INS asks for as many elements at once as KVM does, and takes as many as the
+registers say when the values are there, whatever the VMM has changed. Source: arch/x86/kvm/emulate.c pio_in_emulated.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from guestmem.cpu import uc_native
 from guestmem.cpu.cpu_state import HF_CPL, HF_CS64, HF_INHIBIT_IRQ
 from guestmem.cpu.engine import PortIn, PortOut
 from guestmem.cpu.exceptions import GP, RFLAGS_RF
-from guestmem.cpu.guest_memory import GuestFault, LinearMemory, Stage2Refused
+from guestmem.cpu.guest_memory import PAGE, GuestFault, LinearMemory, Stage2Refused
 from guestmem.cpu.guest_walk import CR0_PE
 from guestmem.cpu.registers import Sregs
 from guestmem.cpu.tlb import Tlb
@@ -39,11 +40,14 @@ _DR0, _DR6_DR7, _DR6_AT = struct.Struct("<Q"), struct.Struct("<QQ"), 48
 _DR7_PORT_IN_DR0 = 0x400 | 2 << 16 | 1
 _ANSWER_MASK = {1: ~0xFF, 2: ~0xFFFF, 4: 0}
 _HF_CS32 = 1 << 4
+_RFLAGS_DF = 1 << 10
+_AHEAD_MAX = 1024
+"""Bytes that a REP INS asks for at once."""
 _MASK_16, _MASK_32, _MASK_64 = (1 << 16) - 1, (1 << 32) - 1, (1 << 64) - 1
 
 
 class PortIo:
-    """The hooks. `supply` is the RIP of an INS and its value."""
+    """The hooks. `supply` is the RIP of an INS and the values that it is to take."""
 
     def __init__(self, core: Core, tlb: Tlb) -> None:
         self._core, self._tlb = core, tlb
@@ -53,7 +57,7 @@ class PortIo:
         self._before: tuple[int, ...] = (0,) * 6
         self._debug_before: tuple[int, ...] = (0,) * 3
         self._next, self._string = 0, False
-        self.supply: tuple[int, int] | None = None
+        self.supply: tuple[int, bytearray] | None = None
         out, inp = uc_native.OutHook(core.guard(self._out)), uc_native.InHook(core.guard(self._in, 0))
         core.hook(HOOK_INSTRUCTION, out, instruction=x86_const.UC_X86_INS_OUT)
         core.hook(HOOK_INSTRUCTION, inp, instruction=x86_const.UC_X86_INS_IN)
@@ -68,10 +72,14 @@ class PortIo:
         if core.cause is not None:
             return 0
         refused = self._enter(port, size)
-        supply, self.supply = self.supply, None
-        if refused is None and supply is not None and supply[0] == self._before[3]:
-            core.cause = Signal.PORT_IN_DONE
-            return supply[1] & (1 << size * 8) - 1
+        if refused is None and self.supply is not None:
+            eip, values = self.supply
+            if eip == self._before[3] and values:
+                value = int.from_bytes(values[:size], "little")
+                del values[:size]
+                core.cause = Signal.PORT_IN_DONE
+                return value
+        self.supply = None
         core.cause = refused or PortIn(port, size)
         return 0
 
@@ -119,40 +127,65 @@ class PortIo:
         """INS or OUTS: the counter of a REP."""
         env, eip = self._core.cpu.env, self._before[3]
         try:
-            code = self._tlb.code_bytes(env.segs[_CS].base + eip, env.eip - eip)
+            mask = self._counter_of_rep(eip, env.eip)
         except (GuestFault, Stage2Refused):
             self.roll_back()
             raise
-        if _REP & set(code):
-            mask = _counter(env.hflags, _ADDRESS_SIZE in code)
+        if mask:
             count = env.regs[_RCX]
             # A counter of 32 bits clears the upper half; one of 16 leaves the rest.
             env.regs[_RCX] = (count - 1 & mask) | (count & ~_MASK_16 if mask == _MASK_16 else 0)
             env.eip = eip
 
+    def _counter_of_rep(self, eip: int, after: int) -> int:
+        """The bits of the counter of the instruction at `eip`: the size of addresses. 0 without a REP."""
+        env = self._core.cpu.env
+        code = self._tlb.code_bytes(env.segs[_CS].base + eip, after - eip)
+        if not _REP & set(code):
+            return 0
+        other_size = _ADDRESS_SIZE in code
+        if env.hflags & HF_CS64:
+            return _MASK_32 if other_size else _MASK_64
+        return _MASK_16 if bool(env.hflags & _HF_CS32) is other_size else _MASK_32
+
+    def ahead(self, size: int) -> int:
+        """How many elements of `size` bytes the INS that was rolled back asks for.
+
+        Raises: GuestFault, Stage2Refused.
+        """
+        env = self._core.cpu.env
+        mask = self._counter_of_rep(env.eip, self._next) if self._string else 0
+        if not mask:
+            return 1
+        offset = int(env.regs[_RDI]) & PAGE - 1
+        in_page = offset if env.eflags & _RFLAGS_DF else PAGE - offset
+        return max(1, min(in_page, _AHEAD_MAX // size, int(env.regs[_RCX]) & mask))
+
     def answer(self, size: int, value: int) -> bool:
-        """`value` for the IN that was rolled back; False for an INS, which takes `supply` and a step."""
+        """`value` for what was rolled back. False for an INS: it takes as many steps as there are values in `supply`.
+
+        Raises: GuestFault, Stage2Refused.
+        """
         env = self._core.cpu.env
         if self._string:
-            self.supply = env.eip, value
+            length = self.ahead(size) * size
+            self.supply = env.eip, bytearray((value & (1 << length * 8) - 1).to_bytes(length, "little"))
             return False
         env.regs[_RAX] = env.regs[_RAX] & _ANSWER_MASK[size] | value & (1 << size * 8) - 1
         env.eip = self._next
         self._instruction_done()
         return True
 
+    @property
+    def supplied(self) -> bool:
+        """Whether the instruction at RIP is an INS for which there are values."""
+        return self.supply is not None and bool(self.supply[1]) and self.supply[0] == self._core.cpu.env.eip
+
     def _instruction_done(self) -> None:
         """What lasts for one instruction is over."""
         env = self._core.cpu.env
         env.hflags &= ~HF_INHIBIT_IRQ
         env.eflags &= ~RFLAGS_RF
-
-
-def _counter(hflags: int, other_size: bool) -> int:
-    """The bits of the counter: the size of addresses, which a prefix changes to the other one."""
-    if hflags & HF_CS64:
-        return _MASK_32 if other_size else _MASK_64
-    return _MASK_16 if bool(hflags & _HF_CS32) is other_size else _MASK_32
 
 
 def io_permitted(sregs: Sregs, memory: LinearMemory, port: int, size: int) -> bool:

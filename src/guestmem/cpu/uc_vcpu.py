@@ -80,10 +80,17 @@ class Vcpu:
 
     def answer_port(self, asked: PortIn, value: int) -> Stop | None:
         """Finish the IN or INS that asked. What its last part met; None if it is done."""
-        if self.ports.answer(asked.size, value):
-            self._trap_if_traced()
-            return None
-        return self._judge(self._step(), stepped=True)
+        try:
+            if self.ports.answer(asked.size, value):
+                self._trap_if_traced()
+                return None
+        except (GuestFault, Stage2Refused) as error:
+            return self._not_done(error)
+        stop = self._judge(self._step(), stepped=True)
+        while stop is None and self.pending is None and self.ports.supplied:
+            stop = self._judge(self._step(), stepped=True)
+        self.ports.supply = self.ports.supply if isinstance(stop, Stage2Miss) else None
+        return stop
 
     def _judge(self, code: int, stepped: bool = False) -> Stop | None:
         """What the end of a pass means. `code` is Unicorn's error; `stepped`: the pass was to be of one instruction."""
@@ -118,7 +125,12 @@ class Vcpu:
             case Signal.MMIO_CROSSED:
                 return self._failed("an access of two pages, one of which is MMIO")
         self.ports.roll_back()
-        return cause if isinstance(cause, PortIn) else self._not_done(cause)
+        if not isinstance(cause, PortIn):
+            return self._not_done(cause)
+        try:
+            return PortIn(cause.port, cause.size, self.ports.ahead(cause.size))
+        except (GuestFault, Stage2Refused) as error:
+            return self._not_done(error)
 
     def _finish_port(self, stop: PortOut | None) -> Stop | None:
         """A port instruction is done; `stop` says so."""

@@ -14,12 +14,13 @@ from guestmem.trace import Refusal
 
 @dataclasses.dataclass(slots=True)
 class IoExit:
-    """KVM_EXIT_IO. `data` is what an OUT wrote, or is to be filled in for an IN."""
+    """KVM_EXIT_IO. `data` is what an OUT wrote, or is to be filled in for an IN: `count` times `size` bytes."""
 
     port: int
     size: int
     is_write: bool
     data: int = 0
+    count: int = 1
 
 
 @dataclasses.dataclass(slots=True)

@@ -136,7 +136,7 @@ class Vcpu:
                     return None
                 return IoExit(stop.port, stop.size, True, stop.value)
             case cpu.PortIn():
-                return self._wait_for_answer(IoExit(stop.port, stop.size, False))
+                return self._wait_for_answer(IoExit(stop.port, stop.size, False, count=stop.count))
             case cpu.MmioWrite():
                 if self._taken(stop.gpa, stop.size, stop.value, is_port=False):
                     return None

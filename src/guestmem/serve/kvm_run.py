@@ -70,7 +70,8 @@ class KvmRun:
         """Take what the VMM filled in for the last exit."""
         match exit_:
             case IoExit(is_write=False):
-                exit_.data = int.from_bytes(self.memory[IO_DATA_OFFSET : IO_DATA_OFFSET + exit_.size], "little")
+                length = exit_.size * exit_.count
+                exit_.data = int.from_bytes(self.memory[IO_DATA_OFFSET : IO_DATA_OFFSET + length], "little")
             case MmioExit(is_write=False):
                 exit_.data = int.from_bytes(self.memory[_MMIO_DATA][: exit_.size], "little")
             case HypercallExit():
@@ -83,7 +84,7 @@ class KvmRun:
             case IoExit():
                 reason, error = EXIT_IO, 0
                 direction = _IO_OUT if exit_.is_write else 0
-                _IO.pack_into(memory, _UNION_AT, direction, exit_.size, exit_.port, 1, IO_DATA_OFFSET)
+                _IO.pack_into(memory, _UNION_AT, direction, exit_.size, exit_.port, exit_.count, IO_DATA_OFFSET)
                 if exit_.is_write:
                     memory[IO_DATA_OFFSET : IO_DATA_OFFSET + exit_.size] = exit_.data.to_bytes(exit_.size, "little")
             case MmioExit():
