@@ -92,7 +92,7 @@ class Vcpu:
             case cpu.PortOut() if not self.kvm.io_devices:
                 exit_: Exit = IoExit(stop.port, stop.size, True, stop.value)
             case cpu.PortIn():
-                exit_ = self._wait_for_answer(IoExit(stop.port, stop.size, False))
+                exit_ = self._wait_for_answer(IoExit(stop.port, stop.size, False, count=stop.count))
             case _:
                 self._begun = stop
                 return None
