@@ -71,6 +71,7 @@ class MemfdBacking:
 
     def __init__(self, pages: int, name: str, junk: bool = False) -> None:
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.fchmod(self.fd, 0o600)
         os.ftruncate(self.fd, pages << PAGE_SHIFT)
         self._size = pages << PAGE_SHIFT
         self._junk = junk

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from guestmem.serve.client import Client
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_IN_CLOSE_WRITE, _IN_CLOSE_NOWRITE = 0x8, 0x10
+_IN_CLOSE_WRITE = 0x8
 _EVENT = struct.Struct("iIII")
 
 
@@ -37,6 +37,8 @@ class ServedFile:
     def __init__(self, owner: Client | None) -> None:
         self.owner = owner
         self.inode_number = 0
+        self.calls = 0  # under way on it: they hold it as a descriptor does
+        self.closed = False
 
     async def release(self) -> None:
         """The last descriptor is gone."""
@@ -119,8 +121,9 @@ class Files:
         """Open a guest_memfd for a client: a descriptor to be given away."""
         backing = file.mappings.backing_fd
         path = f"/proc/self/fd/{backing}"
+        # Opened for writing and watched for the end of that: whoever looks at the file in between only reads.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        watch = _libc.inotify_add_watch(self.inotify, path.encode(), _IN_CLOSE_WRITE | _IN_CLOSE_NOWRITE)
+        watch = _libc.inotify_add_watch(self.inotify, path.encode(), _IN_CLOSE_WRITE)
         if watch < 0:
             os.close(fd)
             raise OSError(ctypes.get_errno(), "inotify_add_watch")

@@ -74,11 +74,18 @@ def _start(command: Sequence[str], socket_path: str, shim: Path) -> subprocess.P
 
 
 def _serve(server: Server, client: subprocess.Popen[bytes]) -> int:
-    """The client has the terminal: an interrupt from the keyboard is its business, and a termination is passed on."""
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    others = {number: signal.signal(number, lambda number, _: client.send_signal(number)) for number in _FORWARDED}
+    """The client has the terminal: an interrupt from the keyboard is its business. A termination is passed on, and then
+    what the client has started and left is not waited for."""
     pidfd = os.pidfd_open(client.pid)
-    ended = False
+    ended = told_to_end = False
+
+    def forward(number: int, _: object) -> None:
+        nonlocal told_to_end
+        told_to_end = True
+        client.send_signal(number)
+
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    others = {number: signal.signal(number, forward) for number in _FORWARDED}
 
     def on_end() -> None:
         nonlocal ended
@@ -87,7 +94,7 @@ def _serve(server: Server, client: subprocess.Popen[bytes]) -> int:
 
     server.watch(pidfd, on_end)
     try:
-        server.run(until=lambda: ended and not server.busy)
+        server.run(until=lambda: ended and (told_to_end or not server.busy))
         return client.wait()
     finally:
         os.close(pidfd)

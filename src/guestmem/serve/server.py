@@ -134,6 +134,8 @@ class Server:
         self._calls[task] = call
         call.channel.task = task
         self.report.count(call.request)
+        if call.file is not None:
+            call.file.calls += 1
         error = 0
         try:
             value = await handler(call)
@@ -150,6 +152,10 @@ class Server:
             call.refuse(error)
         else:
             call.answer(value)
+        if call.file is not None:
+            call.file.calls -= 1
+            if call.file.closed and not call.file.calls:
+                await self._run_release(call.file)
 
     # Clients
 
@@ -213,7 +219,7 @@ class Server:
     def _hello(self, channel: Channel, request: Request, fds: list[int]) -> None:
         """A thread introduces itself, with the number of its client if it has been given one."""
         pid = peer_pid(channel.sock)
-        if request.a != VERSION:
+        if request.a != VERSION or channel.client is not None:
             channel.answer(pack_answer(-1, errno.EPROTO), [])
             close_all(fds)
             return
@@ -269,11 +275,14 @@ class Server:
             self._release(file)
 
     def _release(self, file: ServedFile) -> None:
+        """The last descriptor is gone; a call that is under way is the last to let go."""
         self.files.remove(file)
-        self.releases += 1
-        self.scheduler.begin(self._run_release(file), "release")
+        file.closed = True
+        if not file.calls:
+            self.scheduler.begin(self._run_release(file), "release")
 
     async def _run_release(self, file: ServedFile) -> None:
+        self.releases += 1
         try:
             await file.release()
         finally:
