@@ -32,8 +32,8 @@ KVM, VM, VCPU, GMEM, GUP_TEST = range(1, 6)
 CREATE_VM, CREATE_VCPU, CREATE_GMEM = 0xAE01, 0xAE41, 0xC040AED4
 SET_REGION, RUN, SET_REGS, GET_REGS = 0x4020AE46, 0xAE80, 0x4090AE82, 0x8090AE81
 # Of the tests alone. The argument is an address, or a number.
-RELEASED, READ_SUM, WRITE_X, ZAP_PAGE, OVERLAY_PAGE, UNCOVER_PAGE, FD_FACTS, WATCH_PAGE, NOTED, DELAY, HELLOS = range(
-    0xAEF0, 0xAEFB
+RELEASED, READ_SUM, WRITE_X, ZAP_PAGE, OVERLAY_PAGE, UNCOVER_PAGE, FD_FACTS, WATCH_PAGE, NOTED, DELAY, HELLOS, END = (
+    range(0xAEF0, 0xAEFC)
 )
 
 UFFDIO_REGISTER, MISSING_AND_MINOR = 0xC020AA00, 1 | 4
@@ -60,6 +60,12 @@ class Answer:
     b: int = 0
     payload: bytes = b""
     fds: list[int] = field(default_factory=list)
+
+
+def _readable(fd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 @dataclass
@@ -106,7 +112,7 @@ class Channel:
 
     def cancelled(self, seconds: float) -> bool:
         """Whether a CANCEL came within the time, or the client went."""
-        if not select.select([self.sock], [], [], seconds)[0]:
+        if not _readable(self.sock.fileno(), seconds):
             return False
         request = self.receive()
         return request is None or request.op == CANCEL
@@ -137,7 +143,9 @@ class FakeServer:
         self.run_pages: dict[int, int] = {}
         self.released = 0
         self._regs = bytes(144)
+        self._lock = threading.Lock()
         self._clients = 0
+        self._channels: list[socket.socket] = []
         self._memories: list[int] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(self.path)
@@ -151,11 +159,15 @@ class FakeServer:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for channel in self._channels:
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 sock, _ = self._listener.accept()
+                self._channels.append(sock)
                 threading.Thread(target=Channel(self, sock).serve, daemon=True).start()
 
     # Files
@@ -179,11 +191,12 @@ class FakeServer:
         return theirs
 
     def _collect_released(self) -> None:
-        for inode, known in list(self.files.items()):
-            if known.kind != GMEM and select.select([known.fd], [], [], 0)[0]:
-                os.close(known.fd)
-                del self.files[inode]
-                self.released += 1
+        with self._lock:
+            for inode, known in list(self.files.items()):
+                if known.kind != GMEM and _readable(known.fd, 0):
+                    os.close(known.fd)
+                    del self.files[inode]
+                    self.released += 1
 
     # Calls
 
@@ -214,11 +227,9 @@ class FakeServer:
 
     def _hello(self, channel: Channel, request: Request) -> Answer:
         self.hellos.append(request)
-        if request.c:
-            channel.client = request.c
-        else:
-            self._clients += 1
-            channel.client = self._clients
+        with self._lock:
+            self._clients += not request.c
+            channel.client = request.c or self._clients
         if request.flags & HELLO_FORKED:
             self._take_userfaultfd(channel, request)
             for address in self.closed.get(request.b, set()):
@@ -263,6 +274,8 @@ class FakeServer:
         os.close(theirs)
         with mmap.mmap(ours, size) as view:
             view[-1] ^= 0xFF
+        self._memories.remove(ours)
+        os.close(ours)
         return Answer(error=done.a)
 
     def _take_userfaultfd(self, channel: Channel, request: Request) -> None:
@@ -284,6 +297,8 @@ class FakeServer:
             return Answer(len(self.notes))
         if number == HELLOS:
             return Answer(len(self.hellos))
+        if number == END:
+            self.close()
         if number == DELAY:
             time.sleep(argument / 1e6)
             return Answer()

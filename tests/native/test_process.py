@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.native.conftest import Run
+from tests.native.fake_server import FakeServer
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,11 @@ from tests.native.conftest import Run
 )
 def test_process(run: Run, name: str) -> None:
     run("process", name)
+
+
+def test_server_gone(run: Run, server: FakeServer) -> None:
+    server.run_time = 100.0
+    run("process", "server_gone")
 
 
 @pytest.mark.parametrize("preloaded", [True, False])

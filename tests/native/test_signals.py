@@ -21,6 +21,7 @@ LONG, SHORT = 100.0, 0.1
         ("handler_calls", LONG),
         ("handler_runs", LONG),
         ("handler_jumps", LONG),
+        ("handler_forks", LONG),
         ("others_wait", LONG),
         ("fallocate_ends", LONG),
         ("ignored", SHORT),
@@ -29,3 +30,8 @@ LONG, SHORT = 100.0, 0.1
 def test_signals(run: Run, server: FakeServer, name: str, run_time: float) -> None:
     server.run_time = run_time
     run("signals", name)
+
+
+def test_everything_at_once(run: Run, server: FakeServer) -> None:
+    server.run_time = LONG
+    run("stress")

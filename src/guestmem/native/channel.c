@@ -228,10 +228,11 @@ void thread_keep_channel(struct channel *channel)
     pthread_setspecific(thread_end, channel);
 }
 
-/* Only the number is dropped: the memory is not in this process, or no longer of use. */
+/* Only the number is dropped: the memory is not in this process, or no longer of use. A handler may have forked while its
+ * thread waited: in the child that call ends, too. */
 static void thread_forget_channel(void)
 {
-    self = (struct thread){.calls = self.calls};
+    self = (struct thread){.calls = self.calls, .parked.answer.error = EINTR};
     pthread_setspecific(thread_end, NULL);
 }
 

@@ -50,11 +50,13 @@ bool vcpu_mask_get(uint64_t file, kernel_sigset *mask)
 {
     if (!__atomic_load_n(&mask_count, __ATOMIC_ACQUIRE))
         return false;
+    kernel_sigset old = signals_block();
     pthread_mutex_lock(&masks_lock);
     struct vcpu_mask *found = mask_find(file);
     if (found)
         *mask = found->mask;
     pthread_mutex_unlock(&masks_lock);
+    signals_restore(old);
     return found != NULL;
 }
 

@@ -54,6 +54,7 @@ enum {
     NOTED,
     DELAY,
     HELLOS,
+    END,
 };
 #define CREATE_GMEM 0xC040AED4UL
 #define SET_REGION 0x4020AE46UL

@@ -231,6 +231,32 @@ static void many(void)
         pthread_join(threads[i], NULL);
 }
 
+static void *run_vcpu(void *vcpu)
+{
+    CHECK_ERRNO(ioctl(*(int *)vcpu, RUN, 0), EIO);
+    return NULL;
+}
+
+/* The server goes: calls fail, nothing hangs, the client's own memory and descriptors stay. */
+static void server_gone(void)
+{
+    int kvm = kvm_open(), vm = ioctl(kvm, CREATE_VM, 0), vcpu = ioctl(vm, CREATE_VCPU, 0), gmem = gmem_create(vm, PAGE);
+    char *map = mmap(0, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, gmem, 0);
+    pthread_t thread;
+    *map = 4;
+    CHECK(!pthread_create(&thread, NULL, run_vcpu, &vcpu));
+    usleep(20000);
+    CHECK_ERRNO(ioctl(kvm, END, 0), EIO);
+    pthread_join(thread, NULL);
+    CHECK_ERRNO(ioctl(kvm, GET_API_VERSION, 0), EIO);
+    CHECK_ERRNO(ioctl(vcpu, RUN, 0), EIO);
+    CHECK_ERRNO(fallocate(gmem, FALLOC_FL_KEEP_SIZE, 0, PAGE), EIO);
+    CHECK_ERRNO(open("/dev/kvm", O_RDWR), ENODEV);
+    CHECK(mmap(0, PAGE, PROT_READ, MAP_SHARED, gmem, 0) == MAP_FAILED && *map == 4);
+    IN_CHILD(CHECK(ioctl(kvm, GET_API_VERSION, 0) == -1));
+    CHECK(!munmap(map, PAGE) && !close(gmem) && !close(vcpu) && !close(vm) && !close(kvm));
+}
+
 /* Without a server named in the environment there is no shim. */
 static void inert(void)
 {
@@ -259,6 +285,7 @@ int main(int argc, char **argv)
         {"passed", passed},
         {"taken", taken},
         {"many", many},
+        {"server_gone", server_gone},
         {"inert", inert},
         {NULL, NULL},
     };

@@ -201,6 +201,33 @@ static void handler_jumps(void)
     }
 }
 
+static void forking_handler(int signal)
+{
+    int status;
+    (void)signal;
+    pid_t child = fork();
+    if (!child) {
+        handled = 100;
+        return;
+    }
+    handled++;
+    CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 7);
+}
+
+/* Parent and child come back from the run. */
+static void handler_forks(void)
+{
+    set_up();
+    handle(SIGALRM, forking_handler, 0);
+    for (int i = 1; i <= 20; i++) {
+        ualarm(2000, 0);
+        CHECK_ERRNO(ioctl(vcpu, RUN, 0), EINTR);
+        if (handled == 100)
+            _exit(ioctl(kvm, GET_API_VERSION, 0) == 12 ? 7 : 8);
+        CHECK(handled == i);
+    }
+}
+
 /* As system calls, which a signal does not interrupt: the handler runs after them. */
 static void others_wait(void)
 {
@@ -247,6 +274,7 @@ int main(int argc, char **argv)
         {"handler_calls", handler_calls},
         {"handler_runs", handler_runs},
         {"handler_jumps", handler_jumps},
+        {"handler_forks", handler_forks},
         {"others_wait", others_wait},
         {"fallocate_ends", fallocate_ends},
         {"ignored", ignored},
