@@ -14,6 +14,7 @@ from tests.native.fake_server import FakeServer
 
 _CLIENTS = Path(__file__).with_name("clients")
 _SECONDS = 120
+_NOT_HERE = 77
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +61,8 @@ def run(server: FakeServer, shim: Path, compiled: Callable[[str], Path]) -> Run:
             text=True,
             timeout=_SECONDS,
         )
+        if done.returncode == _NOT_HERE:
+            pytest.skip("this machine lacks what the test needs")
         assert done.stderr == "" and done.stdout == ""
         assert done.returncode == 0
 

@@ -25,6 +25,6 @@ def test_memory(run: Run, name: str) -> None:
     run("memory", name)
 
 
-@pytest.mark.parametrize("name", ["writers", "system_calls", "sparse", "pieces", "file_private", "heap"])
+@pytest.mark.parametrize("name", ["writers", "system_calls", "sparse", "pieces", "file_private", "heap", "hugetlb"])
 def test_replace(run: Run, name: str) -> None:
     run("replace", name)

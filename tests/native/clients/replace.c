@@ -154,11 +154,23 @@ static void heap(void)
         free(malloc((size_t)i * 100));
 }
 
+/* Exit code 77: no huge pages here. */
+static void hugetlb(void)
+{
+    size_t size = 4UL << 20;
+    char *address = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+    if (address == MAP_FAILED)
+        exit(77);
+    vm = vm_create();
+    strcpy(address + (3UL << 20), "kept");
+    CHECK(!set_region(address, size) && !strcmp(address + (3UL << 20), "kept") && !address[5]);
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
         {"writers", writers}, {"system_calls", system_calls}, {"sparse", sparse}, {"pieces", pieces},
-        {"file_private", file_private}, {"heap", heap}, {NULL, NULL},
+        {"file_private", file_private}, {"heap", heap}, {"hugetlb", hugetlb}, {NULL, NULL},
     };
     return run_test(tests, argc, argv);
 }
