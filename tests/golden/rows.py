@@ -46,10 +46,13 @@ SECTIONS = list(dict.fromkeys(row.section for row in ROWS.values()))
 SLOW_GROUP = "R.huge"
 SLOW_ROWS = {"R42"}
 
-# Rows that show the CPU back end of the table's machine and not guest_memfd: there every access of the guest went
+# Rows that show the configuration or the CPU back end of the table's machine and not guest_memfd. That kernel has no
+# software-protected VMs, which are what guestmem's private memory is made of at every level. Every access of a guest went
 # through userspace_addr (the table's note on section G), while a VMX or SVM machine of that release uses the file for a
 # slot whose file has the MMAP flag (semantics.md, GMEM_ONLY slots). Both answers are right; the difference is printed.
 PECULIAR: dict[str, str] = {
+    **_each("that kernel is built without CONFIG_KVM_SW_PROTECTED_VM", "C9", "C11", "C14", "K7"),
+    **_each("dirty rings, which a kernel may lack, are not built here", "C6"),
     **_each("shadow paging: no KVM_PRE_FAULT_MEMORY; with two-dimensional paging it exists", "C12", "G39", "G43"),
     **_each("the file is gone: that back end makes MMIO of it, others exit with EFAULT", "G12"),
     **_each("that back end cannot reach the file without userspace_addr, others read the file", "G14"),

@@ -90,14 +90,23 @@ class MemorySlot:
 
 
 class SlotTable:
-    """An immutable set of slots, by id and by frame."""
+    """An immutable set of slots by frame, which readers search without a lock.
+
+    `by_id` is for who holds slots_lock: it is one dict for all tables of a VM and has what the newest has. A VM may have
+    32764 slots, and copying them by id as well would be most of the cost of adding one.
+    """
 
     __slots__ = ("_starts", "by_gfn", "by_id")
 
-    def __init__(self, slots: dict[int, MemorySlot] | None = None, by_gfn: list[MemorySlot] | None = None) -> None:
-        self.by_id: dict[int, MemorySlot] = slots or {}
+    def __init__(
+        self,
+        by_id: dict[int, MemorySlot] | None = None,
+        by_gfn: list[MemorySlot] | None = None,
+        starts: list[Gfn] | None = None,
+    ) -> None:
+        self.by_id: dict[int, MemorySlot] = {} if by_id is None else by_id
         self.by_gfn: list[MemorySlot] = by_gfn or []
-        self._starts = [slot.gfns.start for slot in self.by_gfn]
+        self._starts: list[Gfn] = starts or []
 
     def find(self, gfn: Gfn) -> MemorySlot | None:
         """The slot that `gfn` belongs to. Source: gfn_to_memslot()."""
@@ -115,13 +124,15 @@ class SlotTable:
             place += 1
 
     def replace(self, old: MemorySlot | None, new: MemorySlot | None) -> SlotTable:
-        """A table with `new` in the place of `old`."""
-        by_id = dict(self.by_id)
-        by_gfn = list(self.by_gfn)
+        """A table with `new` in the place of `old`, about to be swapped in. slots_lock held."""
+        by_gfn, starts = list(self.by_gfn), list(self._starts)
         if old is not None:
-            del by_id[old.id]
-            by_gfn.remove(old)
+            del self.by_id[old.id]
+            place = bisect.bisect_left(starts, old.gfns.start)
+            del by_gfn[place], starts[place]
         if new is not None:
-            by_id[new.id] = new
-            bisect.insort(by_gfn, new, key=lambda slot: slot.gfns.start)
-        return SlotTable(by_id, by_gfn)
+            self.by_id[new.id] = new
+            place = bisect.bisect_left(starts, new.gfns.start)
+            by_gfn.insert(place, new)
+            starts.insert(place, new.gfns.start)
+        return SlotTable(self.by_id, by_gfn, starts)
