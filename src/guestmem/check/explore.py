@@ -105,6 +105,7 @@ class Exploration:
                     self._note(now - began)
                     progress(result)
         finally:
+            self.strategy.close()
             if collecting:
                 gc.enable()
         self._note(time.perf_counter() - began)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from guestmem.check.strategies.dfs import Dfs
+from guestmem.check.strategies.dpor import Dpor
 from guestmem.check.strategies.pct import Pct
 from guestmem.check.strategies.portfolio import Portfolio
 from guestmem.check.strategies.random_walk import RandomWalk
@@ -14,6 +15,7 @@ from guestmem.check.strategies.strategy import Strategy
 STRATEGIES: dict[str, Callable[[int | None, int], Strategy]] = {
     "states": lambda preemptions, seed: States(preemptions),
     "dfs": lambda preemptions, seed: Dfs(preemptions),
+    "dpor": lambda preemptions, seed: Dpor(),
     "random": lambda preemptions, seed: RandomWalk(seed),
     "pct": lambda preemptions, seed: Pct(seed),
     "portfolio": Portfolio,

@@ -48,3 +48,7 @@ class Portfolio:
 
     def end(self, run: Run) -> bool:
         return self._present.end(run)
+
+    def close(self) -> None:
+        for strategy in self._turns:
+            strategy.close()

@@ -133,6 +133,9 @@ class States:
         self.visited[digest] = 0
         return new
 
+    def close(self) -> None:
+        """What was visited stays, for the reader."""
+
     def _note_edge(self, run: Run, digest: bytes) -> None:
         if self.preemptions is None and self._here.source:
             self.edges.append(Edge(self._here.source, bytes(run.choices[self._here.source_at :]), digest))

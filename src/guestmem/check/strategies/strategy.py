@@ -65,6 +65,10 @@ class Strategy(Protocol):
         """Every task is done; whether this end is worth looking at, as it was not seen before."""
         ...
 
+    def close(self) -> None:
+        """The search is over."""
+        ...
+
 
 class Stateless:
     """What the strategies have in common that keep nothing of what they saw."""
@@ -75,3 +79,6 @@ class Stateless:
 
     def end(self, run: Run) -> bool:
         return True
+
+    def close(self) -> None:
+        """Nothing is held."""
