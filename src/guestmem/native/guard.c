@@ -24,12 +24,28 @@ enum { HELPER_STACK = 64 * 1024 };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static bool helper_runs;
 
-/* Without USER_MODE_ONLY system calls, too, wait at a fault; but that takes a right which few have. */
+#ifndef USERFAULTFD_IOC_NEW
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+/* One at whose faults system calls wait, too. That takes a right which few have, or the device. */
+static long userfaultfd_of_all_faults(void)
+{
+    long fd = sys(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (!is_error(fd))
+        return fd;
+    long device = sys(SYS_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC, 0);
+    if (is_error(device))
+        return device;
+    fd = sys(SYS_ioctl, device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+    sys(SYS_close, device);
+    return fd;
+}
+
+/* With FEATURE_SIGBUS nobody waits, and faults of user code are enough: a system call fails at the others. */
 int userfaultfd_open(uint64_t features)
 {
-    long fd = -EPERM;
-    if (!(features & UFFD_FEATURE_SIGBUS))
-        fd = sys(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    long fd = features & UFFD_FEATURE_SIGBUS ? -EPERM : userfaultfd_of_all_faults();
     if (is_error(fd))
         fd = sys(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
     if (is_error(fd))
