@@ -52,7 +52,7 @@ def summary(results: list[Result], hunted: list[Hunted], seconds: float, bytes_m
 
 
 def as_json(results: list[Result], hunted: list[Hunted]) -> str:
-    """The documented object: docs/reference/check.md."""
+    """The documented object: docs/check/reference.md."""
     return json.dumps(
         {
             "scenarios": [
