@@ -62,7 +62,6 @@ def _dup_onto(tracee: Tracee, call: SystemCall) -> Work:
 
 async def _replace(tracee: Tracee, call: SystemCall) -> Result:
     async with tracee.held():
-        tracee.stay()
         result = await tracee.inject(Nr(call.number), *call.arguments[:3])
     if result >= 0:
         await tracee.sync_releases()

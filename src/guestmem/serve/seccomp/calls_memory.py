@@ -60,7 +60,6 @@ async def _map_vcpu(tracee: Tracee, file: VcpuFile, call: SystemCall) -> Result:
     if number < 0:
         return number
     async with tracee.held():
-        tracee.stay()
         mapped = await tracee.inject(Nr.MMAP, address, length, protection, flags, number, offset)
         await tracee.inject(Nr.CLOSE, number)
     return mapped
@@ -76,7 +75,6 @@ async def _map_gmem(tracee: Tracee, file: GmemFile, call: SystemCall) -> Result:
     if reply.error:
         return -reply.error
     async with tracee.held():
-        tracee.stay()
         await tracee.process.prepare_guard(tracee)
         mapped = await _map_closed(tracee, file, call)
         # As in the kernel, a page that cannot be had is no error here.
@@ -125,7 +123,6 @@ async def _unmap(tracee: Tracee, address: int, length: int) -> Result:
 async def call_and_sync(tracee: Tracee, number: Nr, *arguments: int) -> int:
     """Have the thread do its call now, and wait for the releases that it brought about."""
     async with tracee.held():
-        tracee.stay()
         result = await tracee.inject(number, *arguments)
     if not result:
         await tracee.sync_releases()
@@ -151,7 +148,6 @@ async def _remap(tracee: Tracee, call: SystemCall) -> Result:
     if flags & _MREMAP_DONTUNMAP:
         return -errno.EINVAL
     async with tracee.held():
-        tracee.stay()
         words = [address, length, new_length, flags, new_address, 0]
         moved = await tracee.inject_as_is(Nr.MREMAP, words)
     if moved >= 0:

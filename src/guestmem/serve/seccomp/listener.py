@@ -16,11 +16,12 @@ _NOTIFICATION = struct.Struct("<QIIiIQ6Q")
 _RESPONSE = struct.Struct("<QqiI")
 _ADDFD_ARGUMENT = struct.Struct("<QIIII")
 _CONTINUE, _SETFD, _SEND_TOO, _SYNC_WAKE_UP = 1, 1, 2, 1
+_ERESTARTSYS = 512
 _GONE = (errno.ENOENT, errno.ESRCH, errno.EINTR)
 
 
 class Notification(NamedTuple):
-    """A thread waits in a system call. `id` is good until the call is answered or a signal comes."""
+    """A thread waits in a system call. Once received, only the answer, or death, ends that (WAIT_KILLABLE_RECV)."""
 
     id: int
     tid: int
@@ -28,7 +29,7 @@ class Notification(NamedTuple):
 
 
 class Gone(Exception):
-    """Nobody waits for this answer any more: a signal came, the thread was stopped, or it is dead."""
+    """Nobody waits for this answer any more: the thread has been killed."""
 
 
 class Listener:
@@ -55,6 +56,11 @@ class Listener:
         """The call's result, -errno included. Raises: Gone."""
         response = _RESPONSE.pack(id_, 0, value, 0) if -4096 < value < 0 else _RESPONSE.pack(id_, value, 0, 0)
         self._send(response)
+
+    def take_back(self, id_: int) -> None:
+        """Have the call end as an interrupted one, to be restarted. The thread must have a stop before it, for nobody
+        else would hide that from it. Raises: Gone."""
+        self._send(_RESPONSE.pack(id_, 0, -_ERESTARTSYS, 0))
 
     def let_run(self, id_: int) -> None:
         """Have the kernel do the call after all. Raises: Gone."""

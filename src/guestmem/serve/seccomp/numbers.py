@@ -28,6 +28,7 @@ class Nr(enum.IntEnum):
     MADVISE = 28
     DUP = 32
     DUP2 = 33
+    PAUSE = 34
     SENDFILE = 40
     CLONE = 56
     FORK = 57

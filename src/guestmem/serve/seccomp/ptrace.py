@@ -16,10 +16,11 @@ _CONT, _SINGLESTEP, _GETREGS, _SETREGS = 7, 9, 12, 13
 _GETEVENTMSG, _GETSIGINFO, _SETSIGINFO = 0x4201, 0x4202, 0x4203
 _SEIZE, _INTERRUPT, _LISTEN, _GETSIGMASK, _SETSIGMASK = 0x4206, 0x4207, 0x4208, 0x420A, 0x420B
 
-EVENT_FORK, EVENT_VFORK, EVENT_CLONE, EVENT_EXEC, EVENT_VFORK_DONE = 1, 2, 3, 4, 5
+EVENT_FORK, EVENT_VFORK, EVENT_CLONE, EVENT_EXEC, EVENT_VFORK_DONE, EVENT_EXIT = range(1, 7)
 EVENT_STOP = 128
-_OPTIONS = sum(1 << event for event in (EVENT_FORK, EVENT_VFORK, EVENT_CLONE, EVENT_EXEC, EVENT_VFORK_DONE)) | 1 << 20
-"""And EXITKILL: nobody is left behind with a filter that nobody listens to."""
+_EXITKILL = 1 << 20
+_OPTIONS = sum(1 << event for event in range(EVENT_FORK, EVENT_EXIT + 1)) | _EXITKILL
+"""And nobody is left behind with a filter that nobody listens to."""
 
 WAIT_ALL = 0x40000000
 """__WALL: threads, too."""

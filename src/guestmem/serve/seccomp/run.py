@@ -41,16 +41,20 @@ def run(server: Server, command: Sequence[str]) -> int:
 
 
 def _serve(server: Server, supervisor: Supervisor) -> None:
-    """The program has the terminal: an interrupt from the keyboard is its business, and a termination is passed on."""
+    """The program has the terminal: an interrupt from the keyboard is its business. A termination is passed on, and
+    then what the program has started and left is not waited for."""
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told_to_end = False
 
     def forward(number: int, _: object) -> None:
+        nonlocal told_to_end
+        told_to_end = True
         if supervisor.status is None:
             os.kill(supervisor.pid, number)
 
     others = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        server.run(until=lambda: supervisor.ended)
+        server.run(until=lambda: supervisor.ended or (told_to_end and supervisor.status is not None))
     finally:
         for number, handler in {signal.SIGINT: former, **others}.items():
             signal.signal(number, handler)

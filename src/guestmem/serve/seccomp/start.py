@@ -20,7 +20,7 @@ from guestmem.serve.seccomp.numbers import Nr
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_NO_NEW_PRIVS = 38
-_SET_MODE_FILTER, _NEW_LISTENER = 1, 1 << 3
+_SET_MODE_FILTER, _NEW_LISTENER, _WAIT_KILLABLE_RECV = 1, 1 << 3, 1 << 5
 _FIRST_FD = 512
 _FAILURE = struct.Struct("<i")
 
@@ -89,8 +89,8 @@ def _receive_listener(control: socket.socket) -> int:
         return fds[0]
     error = _FAILURE.unpack(message)[0] if len(message) == _FAILURE.size else errno.EIO
     raise CannotTrace(
-        f"seccomp(SECCOMP_FILTER_FLAG_NEW_LISTENER): {os.strerror(error)}. Static programs need seccomp notification "
-        "(Linux 5.9, CONFIG_SECCOMP_FILTER), and a container that allows the seccomp system call"
+        f"seccomp(NEW_LISTENER, WAIT_KILLABLE_RECV): {os.strerror(error)}. Static programs need seccomp notification "
+        "(Linux 5.19, CONFIG_SECCOMP_FILTER), in a container that allows it and does not listen itself"
     )
 
 
@@ -115,7 +115,7 @@ def _child(command: Sequence[str], program: bytes, control: socket.socket) -> No
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
             signal.signal(number, signal.SIG_DFL)
         _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        listener = _libc.syscall(Nr.SECCOMP, _SET_MODE_FILTER, _NEW_LISTENER, argument)
+        listener = _libc.syscall(Nr.SECCOMP, _SET_MODE_FILTER, _NEW_LISTENER | _WAIT_KILLABLE_RECV, argument)
         if listener < 0:
             control.send(_FAILURE.pack(ctypes.get_errno()))
         else:

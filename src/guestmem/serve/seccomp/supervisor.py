@@ -79,7 +79,10 @@ class Supervisor:
                 tracee.begin(notification.call, notification.id, work)
                 return
         with contextlib.suppress(Gone):  # it will come again
-            self.listener.let_run(notification.id)
+            if tracee is not None:
+                tracee.let_run(notification.id, notification.call)
+            else:
+                self.listener.let_run(notification.id)
 
     # Stops
 
@@ -108,7 +111,10 @@ class Supervisor:
 
     def event(self, tracee: Tracee, event: int) -> None:
         """A ptrace event in the middle of a call of `tracee`."""
-        if event == ptrace.EVENT_VFORK_DONE:
+        if event == ptrace.EVENT_EXIT:  # it may remain as a zombie for long, if it is the first of its process
+            tracee.gone()
+            tracee.process.remove(tracee)
+        elif event == ptrace.EVENT_VFORK_DONE:
             tracee.in_vfork = False
         elif event == ptrace.EVENT_EXEC:
             self._executed(tracee)
