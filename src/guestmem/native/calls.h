@@ -7,6 +7,7 @@
 
 long call_ioctl_any(int fd, unsigned long request, uintptr_t argument);
 long call_mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset);
+void leave(void *address, size_t length); /* tells the server that what is mapped there is about to go */
 long call_munmap(void *address, size_t length);
 long call_mremap(void *address, size_t length, size_t new_length, int flags, void *new_address);
 long call_mprotect(void *address, size_t length, int protection, int key);

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "shim.h"
 
-#include <stdarg.h>
 #include <sys/mman.h>
 
 #include "calls.h"
@@ -17,9 +16,6 @@
 #ifndef MADV_DONTNEED_LOCKED
 #define MADV_DONTNEED_LOCKED 24
 #endif
-#ifndef MREMAP_DONTUNMAP
-#define MREMAP_DONTUNMAP 4
-#endif
 
 enum { PAGE_MASK = 4095 };
 
@@ -29,7 +25,7 @@ static bool misaligned(const void *address)
 }
 
 /* What is mapped there now is about to go. */
-static void leave(void *address, size_t length)
+void leave(void *address, size_t length)
 {
     if (!areas_touch(address, length, AREA_ANY))
         return;
@@ -118,7 +114,7 @@ EXPORT void *mmap(void *address, size_t length, int protection, int flags, int f
 EXPORT void *mmap64(void *address, size_t length, int protection, int flags, int fd, off_t offset)
     __attribute__((alias("mmap")));
 
-/* ---- munmap, mremap, mprotect */
+/* ---- munmap, mprotect */
 
 long call_munmap(void *address, size_t length)
 {
@@ -134,53 +130,6 @@ long call_munmap(void *address, size_t length)
 EXPORT int munmap(void *address, size_t length)
 {
     return (int)libc_result(call_munmap(address, length));
-}
-
-/* Guarded ranges are mappings of their own to the kernel, which moves one at a time. A length of 0 duplicates the whole:
- * that, and then the old ones go. */
-static long remap_several(void *address, size_t length, size_t new_length, int flags, void *new_address)
-{
-    if (!length || !(flags & MREMAP_MAYMOVE))
-        return -EFAULT;
-    long moved = sys(SYS_mremap, address, 0, new_length, flags, new_address);
-    if (!is_error(moved))
-        sys(SYS_munmap, address, length);
-    return moved;
-}
-
-static long remap_gmem(void *address, size_t length, size_t new_length, int flags, void *new_address)
-{
-    size_t left = flags & MREMAP_DONTUNMAP ? 0 : length; /* what leaves the old place */
-    long moved = sys(SYS_mremap, address, length, new_length, flags, new_address);
-    if (moved == -EFAULT && left)
-        moved = remap_several(address, length, new_length, flags, new_address);
-    if (is_error(moved))
-        return moved;
-    if (left)
-        areas_remove(address, left, AREA_ANY);
-    areas_add((void *)moved, new_length, AREA_GMEM);
-    call_words(OP_MOVED, 0, (uintptr_t)address, left, (uint64_t)moved, new_length);
-    return moved;
-}
-
-long call_mremap(void *address, size_t length, size_t new_length, int flags, void *new_address)
-{
-    if (process.active && flags & MREMAP_FIXED && !misaligned(new_address))
-        leave(new_address, new_length);
-    if (process.active && areas_touch(address, length ? length : 1, AREA_GMEM))
-        return remap_gmem(address, length, new_length, flags, new_address);
-    if (process.active && !misaligned(address))
-        leave(address, length);
-    return sys(SYS_mremap, address, length, new_length, flags, new_address);
-}
-
-EXPORT void *mremap(void *address, size_t length, size_t new_length, int flags, ...)
-{
-    va_list arguments;
-    va_start(arguments, flags);
-    void *new_address = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP) ? va_arg(arguments, void *) : NULL;
-    va_end(arguments);
-    return (void *)libc_result(call_mremap(address, length, new_length, flags, new_address));
 }
 
 /* key -1: plain mprotect(), which pkey_mprotect() with that key is, too. */

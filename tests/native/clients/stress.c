@@ -31,9 +31,10 @@ static void use_memory(void)
 {
     char *map = mmap(0, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, gmem, 0);
     CHECK(map != MAP_FAILED && !mprotect(map, PAGE, PROT_READ) && !madvise(map, PAGE, MADV_DONTNEED));
+    CHECK(!mprotect(map, PAGE, PROT_READ | PROT_WRITE));
     map[2 * PAGE] = 1;
     char *moved = mremap(map, 4 * PAGE, 8 * PAGE, MREMAP_MAYMOVE);
-    CHECK(moved != MAP_FAILED && !munmap(moved, 8 * PAGE));
+    CHECK(moved != MAP_FAILED && moved[2 * PAGE] == 1 && !munmap(moved, 8 * PAGE));
 }
 
 static void use_memslot(void)
