@@ -1,8 +1,9 @@
 """One program, once in peace and then with everything that can interrupt it: the outcome must be the same.
 
-The program loops over memory with read-modify-write, stack, string and flag-dependent instructions; it ends in HLT. It
-is interrupted by stage-2 misses of any page (data, code, stack, page tables) in any kind, TLB flushes, ends of slices,
-registers written back as they are, and exceptions that its handler answers.
+The program loops over memory with read-modify-write, stack, string and flag-dependent instructions, and with those that
+Unicorn leaves to us: CPUID, RDMSR, WRMSR, SYSCALL. It ends in HLT. It is interrupted by stage-2 misses of any page
+(data, code, stack, page tables) in any kind, TLB flushes, ends of slices, registers written back as they are, and
+exceptions that its handler answers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import pytest
 
 from guestmem.cpu import slice_timer
 from guestmem.cpu.engine import Halt, PortOut, SliceOver, Stage2Miss, Stop
+from guestmem.cpu.fast_calls import MSR_LSTAR, MSR_STAR
+from guestmem.cpu.guest_walk import EFER_LME, EFER_SCE
+from guestmem.cpu.msrs import EFER, MISC_ENABLE
 from guestmem.cpu.registers import DescriptorTable, Regs
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, PAGE, STACK, TABLES, Memory, assemble, start_long
@@ -42,6 +46,22 @@ each:
     mov edi, {COPY}
     mov ecx, {WORDS}
     rep movsq
+    mov r12d, 40
+others:
+    mov eax, 1
+    cpuid
+    add [{COPY}], rax
+    mov ecx, 0x1A0
+    rdmsr
+    inc eax
+    wrmsr
+    add [{COPY} + 8], rax
+    syscall
+    add [{COPY} + 16], rcx
+    sti
+    cli
+    dec r12d
+    jnz others
     out 0x80, al
     int 0x30
     inc qword ptr [{COPY}]
@@ -49,6 +69,11 @@ each:
     dec ebp
     jnz again
     hlt
+entry:
+    add r12, 0x10000
+    sub r12, 0x10000
+    add qword ptr [{COPY} + 24], 1
+    jmp rcx
 mix:
     pushfq
     imul rbx, rax, 0x1234567
@@ -69,7 +94,12 @@ HANDLER_CODE = """
 
 def prepare(memory: Memory) -> UnicornEngine:
     engine = UnicornEngine(memory)
-    start_long(engine, memory, assemble(PROGRAM))
+    code = assemble(PROGRAM)
+    start_long(engine, memory, code)
+    entry = code.index(b"\x49\x81\xc4\x00\x00\x01\x00")
+    assert engine.set_msr(MSR_STAR, 8 << 32)
+    assert engine.set_msr(MSR_LSTAR, CODE + entry)
+    assert engine.set_msr(EFER, EFER_SCE | EFER_LME)
     memory.write(HANDLER, assemble(HANDLER_CODE, address=HANDLER))
     gate = (HANDLER & 0xFFFF | 8 << 16 | 0x8E << 40).to_bytes(16, "little")
     for vector in (6, 0x30):
@@ -114,6 +144,7 @@ def undisturbed() -> tuple[Regs, bytes]:
         assert isinstance(stop, PortOut | SliceOver)
         ports += isinstance(stop, PortOut)
     assert (ports, memory.word(0x50000)) == (ROUNDS, 2 * ROUNDS)
+    assert engine.get_msr(MISC_ENABLE) == 1 + 40 * ROUNDS
     result = outcome(engine, memory)
     engine.close()
     memory.close()
@@ -139,6 +170,7 @@ def test_the_outcome_is_the_same(
     assert kinds["Stage2Miss"] > 100
     assert kinds["SliceOver"] > 0
     result = outcome(engine, memory)
+    assert engine.get_msr(MISC_ENABLE) == 1 + 40 * ROUNDS
     engine.close()
     assert result[0] == undisturbed[0]
     assert result[1] == undisturbed[1]

@@ -5,7 +5,8 @@ EFER; whoever sets those outside of an instruction recomputes it.
 
 Two bits of it are ours. HF_IOBPT: port instructions look for an I/O breakpoint (see `port_io`). HF_GUEST: the CPU is
 the guest of an SVM host, so what that host asks for (`intercept`) ends a pass exactly: accesses to MSRs, writes to DR7,
-and the moment at which an interrupt or an NMI could be taken. Unicorn stops there and enters no host.
+the moment at which an interrupt or an NMI could be taken, and an INIT, which is how a slice is ended. Unicorn stops
+there and enters no host.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ _DESC_B, _DESC_L, _DESC_P = 1 << 22, 1 << 21, 1 << 15
 _ES, _CS, _SS, _DS = (SEGMENTS.index(name) for name in ("es", "cs", "ss", "ds"))
 _MASK_64 = (1 << 64) - 1
 
-VMEXIT, EXIT_NMI, EXIT_VINTR, EXIT_MSR = 0x100, 0x61, 0x64, 0x7C
+VMEXIT, EXIT_NMI, EXIT_INIT, EXIT_VINTR, EXIT_MSR = 0x100, 0x61, 0x63, 0x64, 0x7C
 EXIT_WRITE_DR5, EXIT_WRITE_DR7 = 0x35, 0x37
 """Numbers of exits (AMD APM vol. 2, appendix C); a pass that one ends has VMEXIT + number as its exception."""
 DR_WRITES = 1 << 5 | 1 << 7
 _EXIT_INTR = 0x60
-_INTERCEPTS = 1 << EXIT_NMI - _EXIT_INTR | 1 << EXIT_VINTR - _EXIT_INTR | 1 << EXIT_MSR - _EXIT_INTR
+_INTERCEPTS = sum(1 << number - _EXIT_INTR for number in (EXIT_NMI, EXIT_INIT, EXIT_VINTR, EXIT_MSR))
+REQUEST_VIRQ, REQUEST_NMI, REQUEST_INIT = 0x100, 0x200, 0x400
+"""Of `interrupt_request`: what the last three of these exits are asked for by."""
 _VMCB_MSRPM = 72  # offset of the address of the map of MSRs that are intercepted
 _MSRPM_SIZE = 0x2000
 

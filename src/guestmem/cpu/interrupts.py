@@ -9,12 +9,10 @@ Source: arch/x86/kvm/x86.c kvm_check_and_inject_events, dm_request_for_irq_injec
 
 from __future__ import annotations
 
-from guestmem.cpu.cpu_state import HF2_NMI, HF_INHIBIT_IRQ
+from guestmem.cpu.cpu_state import HF2_NMI, HF_INHIBIT_IRQ, REQUEST_NMI, REQUEST_VIRQ
 from guestmem.cpu.engine import InterruptWindow
 from guestmem.cpu.exceptions import NMI, RFLAGS_IF, Event
 from guestmem.cpu.uc_core import Core
-
-_REQUEST_VIRQ, _REQUEST_NMI = 0x100, 0x200
 
 
 class Interrupts:
@@ -49,11 +47,11 @@ class Interrupts:
                 self.nmi = False
                 cpu.env.hflags2 |= HF2_NMI
                 return Event(NMI, external=True)
-            request = _REQUEST_NMI if cpu.env.hflags2 & HF2_NMI else 0
+            request = REQUEST_NMI if cpu.env.hflags2 & HF2_NMI else 0
         if self.vector is not None or self.window:
             if self.open:
                 vector, self.vector = self.vector, None
                 return InterruptWindow() if vector is None else Event(vector, external=True)
-            request |= _REQUEST_VIRQ
-        cpu.interrupt_request.value = request
+            request |= REQUEST_VIRQ
+        cpu.interrupt_request.value |= request
         return None

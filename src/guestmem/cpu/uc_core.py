@@ -2,14 +2,17 @@
 
 A pass ends for one of four reasons. A hook asked for it: `cause` says why, and the first cause wins. A TLB fill was
 refused: `refused` says why, `fault_address` for which linear address, and the instruction has not happened. An
-exception or an exit of the SVM kind: `exception` is its number. Or none of these: `halted` tells HLT from the end of a
-slice.
+exception or an exit of the SVM kind: `exception` is its number. Or HLT.
 
-A stop that somebody asks for (`stop`, from a hook; `end_slice`, from the timer's thread) is taken at the start of a
-block, where it is exact. Unicorn by itself also looks for one after each load and store, when RIP is still on the
-instruction: after a store it would happen twice. `no_exit_request`, which exists for the IT blocks of ARM, leaves these
-checks out, and so makes loads and stores faster than in bare Unicorn. A step (`stepping`) wants them, because a read
-must be stopped before its value is used, and is of one instruction; no slice ends in it.
+A slice ends, and a stop that a hook asks for is taken, at the start of a block, where it is exact. Unicorn by itself
+also looks for a stop after each load and store, when RIP is still on the instruction: after a store it would happen
+twice. `no_exit_request`, which exists for the IT blocks of ARM, leaves these checks out, and so makes loads and stores
+faster than in bare Unicorn. A step (`stepping`) wants them, because a read must be stopped before its value is used,
+and is of one instruction; no slice ends in it.
+
+The timer's thread ends a slice as a request for INIT, which the CPU exits for, and not by uc_emu_stop(): once a stop is
+asked for, Unicorn calls only the first of its instruction hooks, so a SYSCALL before the end of the block would be left
+out.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any, TypeAlias
 from unicorn import unicorn_const, x86_const
 
 from guestmem.cpu import uc_native
-from guestmem.cpu.cpu_state import Cpu
+from guestmem.cpu.cpu_state import REQUEST_INIT, Cpu
 from guestmem.cpu.engine import MmioRead, PortIn, PortOut
 from guestmem.cpu.guest_memory import HOST_SIZE, GuestFault, Stage2Refused
 from guestmem.cpu.slice_timer import shared as slice_timer
@@ -66,7 +69,7 @@ class Core:
         self.fault_address = 0
         self.cause: Cause | None = None
         self.refused: Refusal | None = None
-        self.exception, self.halted = -1, False
+        self.exception = -1
         self.stepping = self.slice_over = self.sealed = False
         self._raised: BaseException | None = None
         self.write_register(x86_const.UC_X86_REG_FPCW, 0x37F)
@@ -101,13 +104,12 @@ class Core:
         """One pass. Unicorn's error code. Raises: what a hook raised."""
         cpu = self.cpu
         self.cause = self.refused = None
-        # QEMU would take an exception for a second one inside of the delivery of the last.
-        cpu.tail.old_exception = -1
+        # QEMU would take an exception for a second one inside of the delivery of the last, and Unicorn would move RIP
+        # past an INT that is long done.
+        cpu.tail.old_exception, cpu.tail.exception_is_int = -1, 0
         code = uc_native.emu_start(self.handle, cpu.env.eip, 0, 0, 0)
         if code:
             self.fault_address, self.exception = self._fault_address.value, cpu.pass_end.exception_index
-        else:
-            self.halted = bool(cpu.pass_end.halted)
         if self._raised is not None:
             error, self._raised = self._raised, None
             raise error
@@ -117,6 +119,7 @@ class Core:
         """A pass of one instruction, if RFLAGS.TF is set. See `emulate`."""
         with slice_timer.lock:
             self.stepping = True
+            self.cpu.interrupt_request.value = 0
         self.cpu.no_exit_request.value = 0
         try:
             return self.emulate()
@@ -142,11 +145,17 @@ class Core:
             self.cause = cause
         uc_native.emu_stop(self.handle)
 
+    def begin_slice(self) -> None:
+        """What asked the last slice to end is over."""
+        self.slice_over = False
+        self.cpu.interrupt_request.value = 0
+
     def end_slice(self) -> None:
         """For the timer's thread, which holds the timer's lock: no block begins any more."""
         self.slice_over = True
         if not self.stepping and self._finalizer.alive:
-            uc_native.emu_stop(self.handle)
+            self.cpu.interrupt_request.value |= REQUEST_INIT
+            self.cpu.leave_blocks.value = 0xFFFF
 
     def read_register(self, register: int) -> int:
         """A register of the CPU itself, by Unicorn's number. Right inside of a hook."""

@@ -10,7 +10,16 @@ boundary have not run. So a refused fetch beyond the page of RIP is believed onl
 from __future__ import annotations
 
 from guestmem.cpu import uc_native
-from guestmem.cpu.cpu_state import DR_WRITES, EXIT_MSR, EXIT_WRITE_DR5, EXIT_WRITE_DR7, HF_IOBPT, VMEXIT
+from guestmem.cpu.cpu_state import (
+    DR_WRITES,
+    EXIT_INIT,
+    EXIT_MSR,
+    EXIT_WRITE_DR5,
+    EXIT_WRITE_DR7,
+    HF_IOBPT,
+    REQUEST_INIT,
+    VMEXIT,
+)
 from guestmem.cpu.engine import (
     Failed,
     GuestMemory,
@@ -76,7 +85,7 @@ class Vcpu:
         try:
             return self._judge(self.core.emulate())
         finally:
-            self.core.cpu.interrupt_request.value = 0
+            self.core.cpu.interrupt_request.value &= REQUEST_INIT
 
     def answer_port(self, asked: PortIn, value: int) -> Stop | None:
         """Finish the IN or INS that asked. What its last part met; None if it is done."""
@@ -100,7 +109,7 @@ class Vcpu:
         if core.refused is not None:
             return self._after_refusal(core.refused, stepped)
         if code == uc_native.ERR_OK:
-            return Halt() if core.halted else SliceOver()
+            return Halt()
         if code == uc_native.ERR_INSN_INVALID:
             return self._after_invalid_instruction()
         if code == uc_native.ERR_EXCEPTION:
@@ -152,6 +161,8 @@ class Vcpu:
         """An exception of the guest, or VMEXIT and the number of an exit, with RIP on the instruction."""
         if stepped and vector == DB:
             self._trap_if_traced()
+        elif vector == VMEXIT + EXIT_INIT:
+            return SliceOver()
         elif vector == VMEXIT + EXIT_MSR:
             return self._access_msr()
         elif vector in (VMEXIT + EXIT_WRITE_DR5, VMEXIT + EXIT_WRITE_DR7):

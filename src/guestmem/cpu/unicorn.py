@@ -46,7 +46,7 @@ class UnicornEngine(UnicornState):
 
     def _run_slice(self) -> Stop:
         vcpu, core, code = self._vcpu, self._core, self._vcpu.tlb.code
-        core.slice_over = False
+        core.begin_slice()
         slice_timer.enter(core)
         try:
             if not code.unchanged():

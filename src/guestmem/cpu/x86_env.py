@@ -118,6 +118,7 @@ class Layout(NamedTuple):
     cpu: int
     no_exit_request: int
     interrupt_request: int
+    leave_blocks: int
     pass_end: int
     env: int
     msrs: int
@@ -126,7 +127,11 @@ class Layout(NamedTuple):
 
 
 class CpuMemory:
-    """The live structures of the CPU behind `handle`. Not to be touched once the handle is closed."""
+    """The live structures of the CPU behind `handle`. Not to be touched once the handle is closed.
+
+    `interrupt_request` is looked at between two blocks, if the first does not jump to the second by itself; 0xFFFF in
+    `leave_blocks` (icount_decr.u16.high) makes each block return.
+    """
 
     def __init__(self, handle: int, found: Layout) -> None:
         cpu = _U64.from_address(handle + found.cpu).value
@@ -137,6 +142,7 @@ class CpuMemory:
         self.tail = EnvTail.from_address(self.address + found.tail)
         self.pass_end = PassEnd.from_address(cpu + found.pass_end)
         self.interrupt_request = _U32.from_address(cpu + found.interrupt_request)
+        self.leave_blocks = _U16.from_address(_U64.from_address(cpu + found.leave_blocks).value + 2)
         self.no_exit_request = _U8.from_address(handle + found.no_exit_request)
 
 
@@ -193,8 +199,11 @@ def _find(handle: int, marks: _Marks) -> Layout:
         msrs = memory.find(marks.syscall, env) - env - EnvMsrs.lstar.offset
         tail = memory.find(marks.debug, env) - env - EnvTail.dr.offset
         if env > 0 and min(owner, msrs, tail, flag) > 0:
+            start = int.from_bytes(image[place : place + 8], "little")
+            # `env_ptr` is followed by `icount_decr_ptr`.
+            pointers = memory.find((start + env).to_bytes(8, "little"), 0, env)
             # `interrupt_request` follows two counts, a pointer, seven flags and the flags of the next block.
-            found.append(Layout(place, flag, 28, owner - 16, env, msrs, tail, size))
+            found.append(Layout(place, flag, 28, pointers + 8, owner - 16, env, msrs, tail, size))
     if not found:
         raise _refused("the CPU behind a handle")
     # A pointer to something else that lies in front of the CPU has the CPU behind it too.
@@ -229,6 +238,9 @@ def _peek(address: int, size: int) -> bytes:
 def _check(handle: int, cpu: CpuMemory) -> None:
     """Raises: UnicornError, unless values that were marked by name, and what a few instructions do, agree."""
     agreed = [("CR2", cpu.env.cr[2] == _CR2), ("EIP", cpu.env.eip == _RIP), ("XCR0", cpu.msrs.xcr0 == 3)]
+    # Setting RIP has asked for it.
+    before = cpu.address - ctypes.addressof(cpu.leave_blocks)
+    agreed.append(("icount_decr_ptr", 0 < before < 1 << 12 and cpu.leave_blocks.value == 0xFFFF))
     agreed.append(("EFER", cpu.env.efer == uc_native.msr_read(handle, 0xC000_0080)))
     agreed.extend(_behaviour(handle, cpu))
     for what, agrees in agreed:
@@ -253,7 +265,8 @@ def _behaviour(handle: int, cpu: CpuMemory) -> Iterator[tuple[str, bool]]:
     cpu.env.regs[0], cpu.env.regs[7] = 0, page.address + 2048
     uc_native.emu_start(handle, page.address + 3, 0, 0, 0)
     yield "uc_struct.no_exit_request", (cpu.env.regs[0], cpu.env.eip) == (1, page.address + 3)
-    yield "CPUState", (cpu.pass_end.halted, cpu.interrupt_request.value) == (0, 0)
+    requests = cpu.interrupt_request.value, cpu.leave_blocks.value
+    yield "CPUState", (cpu.pass_end.halted, *requests) == (0, 0, 0)
 
 
 def _refused(what: str) -> uc_native.UnicornError:
