@@ -21,7 +21,7 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as directory:
         client = str(Path(directory) / "serve")
         subprocess.run(["gcc", "-O2", "-o", client, _SOURCE], check=True)
-        under = [guestmem, "run", "--abi", "future", "--", client]
+        under: list[str | Path] = [guestmem, "run", "--abi", "future", "--", client]
         pairs = [(measure(under), measure([client]) if real else {}) for _ in range(ROUNDS)]
     rows = []
     for name in pairs[0][0]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from guestmem.cli import check, demo, explain, run
+from guestmem.cli import check, demo, doctor, explain, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="guest_memfd in user space.")
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 app.command("explain")(explain.explain)
-app.command("run", context_settings={"ignore_unknown_options": False})(run.run)
+app.command("run")(run.run)
 
 if __name__ == "__main__":
     app(prog_name="guestmem")

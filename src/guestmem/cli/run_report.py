@@ -8,12 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from guestmem.memory import PAGE_SIZE
 from guestmem.serve.ioctl_names import ioctl_name
 from guestmem.serve.report import Report
 
+_SHOWN = 12
+_WIDTH = 120
+
 
 def print_report(report: Report) -> None:
-    console = Console(file=sys.stderr, highlight=False)
+    console = Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else _WIDTH)
     if report.calls:
         console.print(_calls(report))
     if report.refusals:
@@ -24,6 +28,11 @@ def print_report(report: Report) -> None:
         console.print(Text("not served", style="bold"))
         for (on, request), count in report.unknown.most_common():
             console.print(Text(f"  {count:>6} x {ioctl_name(request)} on {on}"))
+    if report.memory:
+        console.print(_memory(report))
+    if report.left_open:
+        left = ", ".join(f"{count} x {kind}" for kind, count in report.left_open.most_common())
+        console.print(Text(f"never closed, but by the end of their process: {left}"))
     for note in report.notes:
         console.print(Text(note))
     for bug in report.bugs:
@@ -37,3 +46,40 @@ def _calls(report: Report) -> Table:
     for name, count in report.calls.most_common():
         table.add_row(str(count), name)
     return table
+
+
+def _memory(report: Report) -> Table:
+    """A line for each guest_memfd, the first dozen of them, as it was when it was closed."""
+    table = Table(title="guest_memfd at their ends", box=None, title_justify="left", title_style="bold")
+    for column in (
+        "inode",
+        "size",
+        "allocated",
+        "private",
+        "conversions",
+        "invalidations",
+        "faults by user and access",
+    ):
+        table.add_column(column, justify="left" if column.startswith("faults") else "right")
+    for memory in report.memory[:_SHOWN]:
+        faults = ", ".join(f"{user} {access} {count}" for (user, access), count in sorted(memory.faults.items()))
+        table.add_row(
+            str(memory.number),
+            _bytes(memory.size),
+            _bytes(memory.allocated * PAGE_SIZE),
+            _bytes(memory.private * PAGE_SIZE),
+            str(memory.conversions),
+            str(sum(memory.invalidations.values())),
+            faults,
+        )
+    if len(report.memory) > _SHOWN:
+        table.add_row(f"{len(report.memory) - _SHOWN} more")
+    return table
+
+
+def _bytes(number: int) -> str:
+    """4 KiB, 2 MiB: in the largest unit that divides it."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if number and not number & ((1 << shift) - 1):
+            return f"{number >> shift} {unit}"
+    return f"{number} B"

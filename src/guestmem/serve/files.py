@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
-from guestmem.memory import File, MemfdBacking
+from guestmem.memory import File, InodeStatistics, MemfdBacking
 from guestmem.serve.gmem_mappings import GmemMappings
 from guestmem.serve.kvm_run import CoalescedRing, KvmRun
 from guestmem.serve.wire import FileKind
@@ -85,11 +85,14 @@ class GmemFile(ServedFile):
     def __init__(self, owner: Client, file: File) -> None:
         super().__init__(owner)
         assert isinstance(file.inode.backing, MemfdBacking)
+        self.last_words: InodeStatistics | None = None
         self.file = file
         self.mappings = GmemMappings(file.inode, file.inode.backing.fd)
 
     async def release(self) -> None:
         """A mapping that is left belongs to a client that has ended, or a descriptor would be left too."""
+        await self.mappings.learn()
+        self.last_words = self.file.inode.statistics()
         for area in list(self.mappings.areas):
             await area.client.memory.unmap(area.start, area.end)
         await self.mappings.registration.unregister()

@@ -99,6 +99,11 @@ class GmemMappings:
     def detach(self, area: GmemArea) -> None:
         self.areas.remove(area)
 
+    async def learn(self) -> None:
+        """Have the provider know every page that clients have faulted in, for its statistics."""
+        async with self.inode.invalidate_lock.shared:
+            await self.inode.absorb(Range(PageIndex(0), PageIndex(self.inode.pages)))
+
     async def invalidate_begin(self, invalidation: Invalidation) -> None:
         """Close what is about to become private. A hole needs nothing: freeing the page in the memfd unmaps it."""
         await self.inode.absorb(invalidation.pages)

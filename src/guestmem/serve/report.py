@@ -6,8 +6,10 @@ import traceback
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from guestmem.memory import InodeStatistics
+from guestmem.serve.files import GmemFile, ServedFile
 from guestmem.serve.ioctl_names import ioctl_name
-from guestmem.serve.wire import Op, Request
+from guestmem.serve.wire import FileKind, Op, Request
 from guestmem.trace import Refusal
 
 if TYPE_CHECKING:
@@ -15,6 +17,13 @@ if TYPE_CHECKING:
     from guestmem.serve.client import Client
 
 _ORDINARY = ("run.interrupted",)
+_KINDS = {
+    FileKind.KVM: "/dev/kvm",
+    FileKind.VM: "VM",
+    FileKind.VCPU: "vCPU",
+    FileKind.GMEM: "guest_memfd",
+    FileKind.GUP_TEST: "gup_test",
+}
 
 
 class Report:
@@ -26,6 +35,8 @@ class Report:
         self.examples: dict[tuple[str, str], str] = {}  # the first of each, with its numbers
         self.unknown: Counter[tuple[str, int]] = Counter()
         self.bugs: list[str] = []
+        self.left_open: Counter[str] = Counter()
+        self.memory: list[InodeStatistics] = []  # of each guest_memfd, at its end
         self.clients: list[tuple[int, str]] = []
         self.notes: list[str] = []
 
@@ -53,6 +64,15 @@ class Report:
         self.refusals[kind] += 1
         self.examples.setdefault(kind, str(refusal))
 
+    def closed(self, file: ServedFile) -> None:
+        """The last descriptor of a file is gone: by close(), or because the process that made it ends."""
+        if file.owner is not None and _is_ending(file.owner.pid):
+            self.left_open[_KINDS[file.kind]] += 1
+
+    def released(self, file: ServedFile) -> None:
+        if isinstance(file, GmemFile) and file.last_words is not None:
+            self.memory.append(file.last_words)
+
     def failed(self, call: Call, bug: Exception) -> None:
         """An error that is no refusal is a bug of ours: the client got EIO."""
         self.bug(call_name(call), bug)
@@ -68,3 +88,16 @@ def call_name(call: Call) -> str:
     if request.op == Op.IOCTL:
         return ioctl_name(request.a & 0xFFFF_FFFF)
     return Op(request.op).name.lower()
+
+
+_PF_EXITING = 0x4
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a process is on its way out, or gone. Source: man 5 proc, /proc/PID/stat field 9."""
+    try:
+        with open(f"/proc/{pid}/stat") as status:
+            fields = status.read().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return bool(int(fields[6]) & _PF_EXITING)

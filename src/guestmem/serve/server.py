@@ -22,10 +22,9 @@ from guestmem.serve.channel import Channel, close_all, peer_pid
 from guestmem.serve.client import Client
 from guestmem.serve.files import Files, ServedFile, VcpuFile
 from guestmem.serve.report import Report
-from guestmem.serve.vcpu_ioctls import enter_at_once
+from guestmem.serve.vcpu_ioctls import AT_ONCE
 from guestmem.serve.wire import HELLO_FORKED, HELLO_HELPER, VERSION, Op, Request, pack_answer
 from guestmem.trace import Refusal
-from guestmem.uapi.kvm import KVM_RUN
 
 SPIN_S = 0.0001
 """How long the loop looks for the next event before it sleeps, where clients have another CPU: they tend to ask again
@@ -186,12 +185,7 @@ class Server:
         if request.op == Op.HELLO:
             self._hello(channel, request, fds)
             return
-        if (
-            request.op == Op.IOCTL
-            and request.a == KVM_RUN
-            and channel.task is None
-            and self._run_at_once(channel, request)
-        ):
+        if request.op == Op.IOCTL and channel.task is None and self._done_at_once(channel, request):
             return
         client, handler = channel.client, self._handlers.get(request.op)
         if client is None or handler is None or channel.task is not None:
@@ -205,15 +199,19 @@ class Server:
             self._begin(Call(self, channel, client, request, file), handler)
         close_all(fds)
 
-    def _run_at_once(self, channel: Channel, request: Request) -> bool:
-        """KVM_RUN that comes back within its first slice needs no task. False if it must be a call like the others."""
-        file = self.files.by_inode.get(request.file)
-        if type(file) is not VcpuFile or file.owner is not channel.client or request.b:
+    def _done_at_once(self, channel: Channel, request: Request) -> bool:
+        """Whether a call could be done without a task, as those that VMMs make all the time mostly can."""
+        at_once = AT_ONCE.get(request.a)
+        if at_once is None:
             return False
-        if not enter_at_once(file):
+        file = self.files.by_inode.get(request.file)
+        if type(file) is not VcpuFile or file.owner is not channel.client:
+            return False
+        payload = at_once(file, request.b)
+        if payload is None:
             return False
         self.report.count(request)
-        channel.answer(_SUCCESS, [])
+        channel.answer(_SUCCESS + payload, [])
         return True
 
     def _hello(self, channel: Channel, request: Request, fds: list[int]) -> None:
@@ -277,6 +275,7 @@ class Server:
     def _release(self, file: ServedFile) -> None:
         """The last descriptor is gone; a call that is under way is the last to let go."""
         self.files.remove(file)
+        self.report.closed(file)
         file.closed = True
         if not file.calls:
             self.scheduler.begin(self._run_release(file), "release")
@@ -285,6 +284,7 @@ class Server:
         self.releases += 1
         try:
             await file.release()
+            self.report.released(file)
         finally:
             self.releases -= 1
 

@@ -33,20 +33,20 @@ def _file(call: Call) -> VcpuFile:
     return call.file
 
 
-def enter_at_once(file: VcpuFile) -> bool:
-    """KVM_RUN as far as it goes without a task; whether that was all of it. See Vcpu.run_at_once."""
+def _run_at_once(file: VcpuFile, argument: int) -> bytes | None:
+    """KVM_RUN as far as it goes without a task; None if that was not all of it. See Vcpu.run_at_once."""
     vcpu, run = file.vcpu, file.run
-    if run.immediate_exit or run.request_interrupt_window:
-        return False
+    if argument or run.immediate_exit or run.request_interrupt_window:
+        return None
     if vcpu.unanswered is not None:
         run.answer(vcpu.unanswered)
     vcpu.immediate_exit = False
     exit_ = vcpu.run_at_once()
     if exit_ is None:
-        return False
+        return None
     run.write(exit_)
     vcpu_state.write_run_state(run, vcpu)
-    return True
+    return b""
 
 
 async def _run(call: Call, argument: int) -> int:
@@ -194,6 +194,17 @@ async def _accept(call: Call, argument: int) -> int:
     """Nothing that we do depends on it. (The shim does what KVM_SET_SIGNAL_MASK asks.)"""
     return 0
 
+
+def _get_regs_at_once(file: VcpuFile, argument: int) -> bytes | None:
+    """KVM_GET_REGS of a vCPU that nobody runs."""
+    return vcpu_state.get_regs(file.vcpu) if file.vcpu.mutex.owner is None else None
+
+
+AT_ONCE: dict[int, Callable[[VcpuFile, int], bytes | None]] = {
+    uapi.KVM_RUN: _run_at_once,
+    uapi.KVM_GET_REGS: _get_regs_at_once,
+}
+"""What VMMs call all the time, done without a task: the bytes of the answer, or None where it does need one."""
 
 TABLE = {
     uapi.KVM_RUN: _run,
