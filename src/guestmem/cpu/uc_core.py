@@ -104,9 +104,6 @@ class Core:
         """One pass. Unicorn's error code. Raises: what a hook raised."""
         cpu = self.cpu
         self.cause = self.refused = None
-        # QEMU would take an exception for a second one inside of the delivery of the last, and Unicorn would move RIP
-        # past an INT that is long done.
-        cpu.tail.old_exception, cpu.tail.exception_is_int = -1, 0
         code = uc_native.emu_start(self.handle, cpu.env.eip, 0, 0, 0)
         if code:
             self.fault_address, self.exception = self._fault_address.value, cpu.pass_end.exception_index
@@ -147,8 +144,9 @@ class Core:
 
     def begin_slice(self) -> None:
         """What asked the last slice to end is over."""
-        self.slice_over = False
-        self.cpu.interrupt_request.value = 0
+        if self.slice_over:
+            self.slice_over = False
+            self.cpu.interrupt_request.value = 0
 
     def end_slice(self) -> None:
         """For the timer's thread, which holds the timer's lock: no block begins any more."""

@@ -171,6 +171,9 @@ class Vcpu:
             tail = self.core.cpu.tail
             length = self.instructions.int_length(vector) if tail.exception_is_int else 0
             self.pending = Event(vector, tail.error_code & 0xFFFF_FFFF, length)
+            # QEMU would take the next exception for a second one inside of the delivery of this, and Unicorn would move
+            # RIP past an INT that is long done.
+            tail.old_exception, tail.exception_is_int = -1, 0
         return None
 
     def _access_msr(self) -> Stop | None:
