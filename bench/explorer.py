@@ -184,7 +184,7 @@ def _run_greenlets(greenlet: Any, prefix: list[int]) -> list[tuple[int, tuple[in
     for number, task in enumerate(tasks):
         task.switch(number)
     ready = list(range(TASKS))
-    trace = []
+    trace: list[tuple[int, tuple[int, ...]]] = []
     while ready:
         choice = prefix[len(trace)] if len(trace) < len(prefix) else ready[0]
         trace.append((choice, tuple(ready)))

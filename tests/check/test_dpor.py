@@ -10,7 +10,6 @@ import pytest
 from guestmem.check import mutants
 from guestmem.check.explore import EXHAUSTED, VIOLATED, Limits, NoFailures, explore
 from guestmem.check.footprint import Footprint, Recorder, conflict
-from guestmem.check.machine import Machine
 from guestmem.check.run import Run
 from guestmem.check.scenario import Scenario, built_in
 from guestmem.check.strategies.dfs import Dfs
@@ -126,4 +125,3 @@ def test_the_product_is_as_before_when_the_search_is_over() -> None:
     explore(SCENARIOS["convert_against_pin"], Dpor(), Limits(executions=2))
     assert (Inode.__getattribute__, Inode.__setattr__, Attributes.get) == before
     assert "__getattribute__" not in vars(Inode)
-    assert isinstance(SCENARIOS["convert_against_pin"].build(), Machine)

@@ -22,7 +22,7 @@ from pyroaring import BitMap, BitMap64
 
 from guestmem.check.arena import ArenaBacking
 from guestmem.check.canonical import LEFT_OUT
-from guestmem.check.machine import Firmware
+from guestmem.check.firmware import Firmware
 from guestmem.cpu.scripted import ScriptedEngine, Store
 from guestmem.memory import Range
 from guestmem.memory.attributes import Attributes

@@ -34,13 +34,10 @@ from guestmem.memory import (
     Access,
     Backing,
     File,
-    Inode,
-    Invalidation,
     PageIndex,
     Pool,
-    UnmapFailed,
 )
-from guestmem.sched import LockClass, Policy, Scheduler, Task
+from guestmem.sched import LockClass, Policy, Task
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
 from guestmem.uapi.levels import FUTURE, AbiLevel
@@ -337,40 +334,6 @@ class Machine(Host):
         """How often other tasks than the running one have run."""
         me = self.scheduler.current
         return sum(task.turns for task in self.tasks if task is not me)
-
-
-class Firmware:
-    """A user of memory that maps nothing, may fail to give a page back, and may leave at any time."""
-
-    kind = "firmware"
-    may_map_private = True
-    takes_references = False
-
-    def __init__(self, scheduler: Scheduler, inode: Inode) -> None:
-        self.gone = False
-        self.registration = inode.register(self)
-        self._scheduler = scheduler
-
-    def __fingerprint__(self) -> bool:
-        return self.gone
-
-    async def invalidate_begin(self, invalidation: Invalidation) -> None:
-        await self._scheduler.preempt("firmware call")
-        self._check_registered()
-        if self._scheduler.fails("firmware: remove page"):
-            raise UnmapFailed(invalidation.pages, "firmware is busy")
-
-    async def invalidate_end(self, invalidation: Invalidation) -> None:
-        self._check_registered()
-
-    async def leave(self) -> None:
-        """Unregister and be gone: the module may be unloaded now."""
-        await self.registration.unregister()
-        self.gone = True
-
-    def _check_registered(self) -> None:
-        if self.gone:
-            raise Violation("S20", "the firmware's user is told after it has left")
 
 
 async def _answer(call: Call) -> str:

@@ -1,6 +1,7 @@
 """A user of memory, firmware perhaps, that may fail to unmap a page."""
 
-from guestmem.check.machine import Firmware, Machine
+from guestmem.check.firmware import Firmware
+from guestmem.check.machine import Machine
 from guestmem.check.scenario import scenario
 from guestmem.memory import Access
 

@@ -1,6 +1,7 @@
 """A user of memory leaves while a conversion tells it."""
 
-from guestmem.check.machine import Firmware, Machine
+from guestmem.check.firmware import Firmware
+from guestmem.check.machine import Machine
 from guestmem.check.scenario import scenario
 from guestmem.memory import Access
 
