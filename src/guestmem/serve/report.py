@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from guestmem.serve.client import Client
 
 _ORDINARY = ("run.interrupted",)
+_CALLS = {
+    Op.OPEN: "open",
+    Op.MMAP_DONE: "mmap of a guest_memfd",
+    Op.FALLOCATE: "fallocate",
+    Op.REMOVE: "madvise(MADV_REMOVE)",
+    Op.RUN_FD: "mmap of a vCPU",
+}
 _KINDS = {
     FileKind.KVM: "/dev/kvm",
     FileKind.VM: "VM",
@@ -45,10 +52,13 @@ class Report:
 
     @property
     def calls(self) -> Counter[str]:
-        """How often each call was made, by name."""
+        """How often each call of a client was made, by name; what the shim asks for itself is left out."""
         named: Counter[str] = Counter()
         for (op, number), count in self._requests.items():
-            named[ioctl_name(number & 0xFFFF_FFFF) if op == Op.IOCTL else Op(op).name.lower()] += count
+            if op == Op.IOCTL:
+                named[ioctl_name(number & 0xFFFF_FFFF)] += count
+            elif op in _CALLS:
+                named[_CALLS[Op(op)]] += count
         return named
 
     def client(self, client: Client) -> None:

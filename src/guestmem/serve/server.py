@@ -25,6 +25,7 @@ from guestmem.serve.report import Report
 from guestmem.serve.vcpu_ioctls import AT_ONCE
 from guestmem.serve.wire import HELLO_FORKED, HELLO_HELPER, VERSION, Op, Request, pack_answer
 from guestmem.trace import Refusal
+from guestmem.uapi.kvm import GUEST_MEMFD_MAGIC
 
 SPIN_S = 0.0001
 """How long the loop looks for the next event before it sleeps, where clients have another CPU: they tend to ask again
@@ -250,6 +251,7 @@ class Server:
             await call.client.memory.fork_of(parent.memory)
         call.a = self.files.gmem_device
         call.b = os.getpid()
+        call.c = GUEST_MEMFD_MAGIC if self.host.level.own_file_system else 0
         return call.client.number
 
     # Releases
