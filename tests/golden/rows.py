@@ -47,7 +47,7 @@ SLOW_GROUP = "R.huge"
 SLOW_ROWS = {"R42"}
 
 # Rows that show the configuration or the CPU back end of the table's machine and not guest_memfd. That kernel has no
-# software-protected VMs, which are what guestmem's private memory is made of at every level. Every access of a guest went
+# software-protected VMs, which are what guestmem's private memory is made of at every level. Every guest access went
 # through userspace_addr (the table's note on section G), while a VMX or SVM machine of that release uses the file for a
 # slot whose file has the MMAP flag (semantics.md, GMEM_ONLY slots). Both answers are right; the difference is printed.
 PECULIAR: dict[str, str] = {

@@ -92,8 +92,8 @@ class MemorySlot:
 class SlotTable:
     """An immutable set of slots by frame, which readers search without a lock.
 
-    `by_id` is for who holds slots_lock: it is one dict for all tables of a VM and has what the newest has. A VM may have
-    32764 slots, and copying them by id as well would be most of the cost of adding one.
+    `by_id` is for who holds slots_lock: it is one dict for all tables of a VM and has what the newest has. A VM may
+    have 32764 slots, and copying them by id as well would be most of the cost of adding one.
     """
 
     __slots__ = ("_starts", "by_gfn", "by_id")

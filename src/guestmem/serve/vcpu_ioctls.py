@@ -10,6 +10,7 @@ import errno
 import struct
 from collections.abc import Awaitable, Callable
 
+from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.exits import MemoryFaultExit
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.vcpu import Vcpu
@@ -17,7 +18,6 @@ from guestmem.serve import vcpu_state
 from guestmem.serve.call import Call
 from guestmem.serve.cpuid_list import read_cpuid, write_cpuid
 from guestmem.serve.files import VcpuFile
-from guestmem.serve.host_clock import tsc_khz
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 from guestmem.uapi.structs import PreFaultMemory
@@ -187,7 +187,7 @@ async def _pre_fault(call: Call, argument: int) -> int:
 
 
 async def _get_tsc_khz(call: Call, argument: int) -> int:
-    return tsc_khz()
+    return TSC_KHZ
 
 
 async def _accept(call: Call, argument: int) -> int:

@@ -10,6 +10,7 @@ import errno
 import struct
 import time
 
+from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.dirty_log import clear_dirty_log, get_dirty_log
 from guestmem.kvm.gmem import create_guest_memfd
 from guestmem.kvm.set_region import set_user_memory_region2
@@ -19,7 +20,6 @@ from guestmem.kvm.vm_attributes import set_memory_attributes
 from guestmem.serve import capabilities, io_devices
 from guestmem.serve.call import Call, CallFiles
 from guestmem.serve.files import VcpuFile, VmFile
-from guestmem.serve.host_clock import tsc_khz
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 from guestmem.uapi.structs import CreateGuestMemfd, MemoryAttributes, UserspaceMemoryRegion, UserspaceMemoryRegion2
@@ -211,7 +211,7 @@ async def _set_clock(call: Call, argument: int) -> int:
 
 
 async def _get_tsc_khz(call: Call, argument: int) -> int:
-    return tsc_khz()
+    return TSC_KHZ
 
 
 async def _enable_cap(call: Call, argument: int) -> int:
