@@ -6,18 +6,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Coroutine
-from typing import Any
 
 from guestmem.serve.files import GmemFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.calls_memory import call_and_sync
 from guestmem.serve.seccomp.descriptors import as_int, file_at
 from guestmem.serve.seccomp.numbers import Nr
-from guestmem.serve.seccomp.tracee import NATIVE, Result, Tracee
+from guestmem.serve.seccomp.tracee import Result, Tracee, Work
 from guestmem.serve.seccomp.user_memory import take_descriptor
 
-Work = Coroutine[Any, Any, Result] | None
 _F_DUPFD, _F_SETFL, _F_SETLEASE, _F_DUPFD_CLOEXEC, _F_ADD_SEALS, _F_GET_SEALS = 0, 4, 1024, 1030, 1033, 1034
 _F_UNLCK = 2
 _O_DIRECT = 0o40000
@@ -81,12 +78,12 @@ def _fcntl(tracee: Tracee, call: SystemCall) -> Work:
     return _control_gmem(command, argument) if isinstance(file, GmemFile) else None
 
 
-async def _control_gmem(command: int, argument: int) -> Result:
+def _control_gmem(command: int, argument: int) -> int | None:
     if command in (_F_ADD_SEALS, _F_GET_SEALS) or (command == _F_SETFL and argument & _O_DIRECT):
         return -errno.EINVAL
     if command == _F_SETLEASE and as_int(argument) != _F_UNLCK:
         return -errno.EAGAIN
-    return NATIVE
+    return None
 
 
 TABLE = {

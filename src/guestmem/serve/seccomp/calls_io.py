@@ -5,23 +5,17 @@ nobody but us. The answers are those of Linux 6.18.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from guestmem.serve.files import GmemFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.descriptors import as_int, as_long, file_at
 from guestmem.serve.seccomp.numbers import Nr
-from guestmem.serve.seccomp.tracee import Result, Tracee
+from guestmem.serve.seccomp.tracee import Result, Tracee, Work
 from guestmem.serve.wire import Op
 
-Work = Coroutine[Any, Any, Result] | None
 Handler = Callable[[Tracee, SystemCall], Work]
 _SEEK_HOLE = 4
-
-
-async def _refuse(error: int) -> Result:
-    return -error
 
 
 def _fallocate(tracee: Tracee, call: SystemCall) -> Work:
@@ -37,7 +31,7 @@ async def _allocate(tracee: Tracee, file: GmemFile, call: SystemCall) -> Result:
 
 def _stream(tracee: Tracee, call: SystemCall) -> Work:
     """read() and its kin: there is no such operation."""
-    return _refuse(errno.EINVAL) if file_at(tracee, call.arguments[0]) is not None else None
+    return -errno.EINVAL if file_at(tracee, call.arguments[0]) is not None else None
 
 
 def _at_offset(tracee: Tracee, call: SystemCall) -> Work:
@@ -49,37 +43,37 @@ def _refuse_at(tracee: Tracee, fd: int, offset: int) -> Work:
     file = file_at(tracee, fd)
     if file is None:
         return None
-    return _refuse(errno.ESPIPE if offset >= 0 and isinstance(file, GmemFile) else errno.EINVAL)
+    return -(errno.ESPIPE if offset >= 0 and isinstance(file, GmemFile) else errno.EINVAL)
 
 
 def _seek(tracee: Tracee, call: SystemCall) -> Work:
     if not isinstance(file_at(tracee, call.arguments[0]), GmemFile):
         return None
-    return _refuse(errno.ESPIPE if 0 <= as_int(call.arguments[2]) <= _SEEK_HOLE else errno.EINVAL)
+    return -(errno.ESPIPE if 0 <= as_int(call.arguments[2]) <= _SEEK_HOLE else errno.EINVAL)
 
 
 def _sendfile(tracee: Tracee, call: SystemCall) -> Work:
     to, from_, offset = call.arguments[:3]
     if file_at(tracee, from_) is not None:
         return _refuse_at(tracee, from_, 0 if offset else -1)
-    return _refuse(errno.EINVAL) if file_at(tracee, to) is not None else None
+    return -errno.EINVAL if file_at(tracee, to) is not None else None
 
 
 def _splice(tracee: Tracee, call: SystemCall) -> Work:
     ours = file_at(tracee, call.arguments[0]) or file_at(tracee, call.arguments[2])
-    return _refuse(errno.EINVAL) if ours is not None else None
+    return -errno.EINVAL if ours is not None else None
 
 
 def _copy_range(tracee: Tracee, call: SystemCall) -> Work:
     files = (file_at(tracee, call.arguments[0]), file_at(tracee, call.arguments[2]))
-    return _refuse(errno.EXDEV) if any(isinstance(file, GmemFile) for file in files) else None
+    return -errno.EXDEV if any(isinstance(file, GmemFile) for file in files) else None
 
 
 def _of_gmem(error: int) -> Handler:
     """A call that a guest_memfd refuses in one way; on our other files it is the socket's."""
 
     def refuse(tracee: Tracee, call: SystemCall) -> Work:
-        return _refuse(error) if isinstance(file_at(tracee, call.arguments[0]), GmemFile) else None
+        return -error if isinstance(file_at(tracee, call.arguments[0]), GmemFile) else None
 
     return refuse
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine
-from typing import Any
 
 from guestmem.serve.channel import close_all
 from guestmem.serve.files import GmemFile, ServedFile, VcpuFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.descriptors import file_at
 from guestmem.serve.seccomp.numbers import Nr
-from guestmem.serve.seccomp.tracee import NATIVE, Reply, Result, Tracee
+from guestmem.serve.seccomp.tracee import Reply, Result, Tracee, Work
 from guestmem.serve.seccomp.user_memory import read_memory, write_memory
 from guestmem.serve.wire import KEEP_ON_EXEC, Op
 from guestmem.uapi.kvm import KVM_RUN, KVM_SET_SIGNAL_MASK
@@ -25,7 +23,7 @@ _UNBLOCKABLE = 1 << 8 | 1 << 18
 """SIGKILL, SIGSTOP."""
 
 
-def _ioctl(tracee: Tracee, call: SystemCall) -> Coroutine[Any, Any, Result] | None:
+def _ioctl(tracee: Tracee, call: SystemCall) -> Work:
     fd, request, argument = call.arguments[0], call.arguments[1] & 0xFFFF_FFFF, call.arguments[2]
     if request == _UFFDIO_REGISTER:
         return _register(tracee, argument)
@@ -68,13 +66,13 @@ async def give(tracee: Tracee, reply: Reply, argument: int = 0) -> int:
     return reply.value
 
 
-async def _register(tracee: Tracee, argument: int) -> Result:
+def _register(tracee: Tracee, argument: int) -> int | None:
     """The client's own userfaultfd: a guest_memfd's mapping cannot be registered with one."""
     found = read_memory(tracee.tid, argument, 16)
     if found is None:
-        return NATIVE
+        return None
     start, size = (int.from_bytes(found[at : at + 8], "little") for at in (0, 8))
-    return -errno.EINVAL if tracee.process.areas_touch(start, size, gmem=True) else NATIVE
+    return -errno.EINVAL if tracee.process.areas_touch(start, size, gmem=True) else None
 
 
 # KVM_RUN: a signal ends it
@@ -99,7 +97,7 @@ async def _run(tracee: Tracee, file: VcpuFile, argument: int) -> Result:
     return -reply.error if reply.error else reply.value
 
 
-async def _set_signal_mask(tracee: Tracee, file: VcpuFile, argument: int) -> Result:
+def _set_signal_mask(tracee: Tracee, file: VcpuFile, argument: int) -> int:
     """struct kvm_signal_mask, or NULL for none: the checks of kvm_vcpu_ioctl()."""
     if file.owner is not tracee.client:
         return -errno.EIO

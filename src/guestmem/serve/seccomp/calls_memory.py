@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Coroutine
-from typing import Any
 
 from guestmem.serve.files import GmemFile, VcpuFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.descriptors import as_int, file_at
 from guestmem.serve.seccomp.numbers import Nr
-from guestmem.serve.seccomp.tracee import NATIVE, Result, Tracee
+from guestmem.serve.seccomp.tracee import NATIVE, Result, Tracee, Work
 from guestmem.serve.wire import Op
 
 _PAGE = 4096
@@ -23,8 +21,6 @@ _MADV_DONTNEED_LOCKED, _MADV_POPULATE_READ = 24, 22
 _MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
 _MS_SYNC = 4
 _MAX_ERRNO = 4095
-
-Work = Coroutine[Any, Any, Result] | None
 
 
 async def _leave(tracee: Tracee, address: int, length: int) -> None:
@@ -199,13 +195,9 @@ async def _advise_watched(tracee: Tracee, address: int, length: int, advice: int
 
 
 def _msync(tracee: Tracee, call: SystemCall) -> Work:
-    address, length, flags = call.arguments[:3]
-    return _no_sync() if flags & _MS_SYNC and tracee.process.areas_touch(address, length, gmem=True) else None
-
-
-async def _no_sync() -> Result:
     """There is nothing to write to."""
-    return -errno.EINVAL
+    address, length, flags = call.arguments[:3]
+    return -errno.EINVAL if flags & _MS_SYNC and tracee.process.areas_touch(address, length, gmem=True) else None
 
 
 TABLE = {

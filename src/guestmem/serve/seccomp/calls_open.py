@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Coroutine
-from typing import Any
 
 from guestmem.serve.files import ServedFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.calls_ioctl import give
 from guestmem.serve.seccomp.descriptors import file_at
 from guestmem.serve.seccomp.numbers import Nr
-from guestmem.serve.seccomp.tracee import Result, Tracee
+from guestmem.serve.seccomp.tracee import Result, Tracee, Work
 from guestmem.serve.seccomp.user_memory import read_memory, read_string, write_memory
 from guestmem.serve.wire import FileKind, Op
 
@@ -39,13 +37,13 @@ def _named_file(tracee: Tracee, path: bytes) -> ServedFile | None:
     return file_at(tracee, int(number)) if directory in own and number.isdigit() else None
 
 
-def _open_path(tracee: Tracee, address: int, flags: int) -> Coroutine[Any, Any, Result] | None:
+def _open_path(tracee: Tracee, address: int, flags: int) -> Work:
     path = path_at(tracee, address)
     if not path.startswith((b"/dev/", b"/proc/", b"/sys/")) or flags & _O_PATH:
         return None
     if path in DEVICES:
         return _open_device(tracee, DEVICES[path], bool(flags & os.O_CLOEXEC))
-    return _refuse(errno.ENXIO) if _named_file(tracee, path) is not None else None
+    return -errno.ENXIO if _named_file(tracee, path) is not None else None
 
 
 async def _open_device(tracee: Tracee, device: int, cloexec: bool) -> Result:
@@ -53,40 +51,32 @@ async def _open_device(tracee: Tracee, device: int, cloexec: bool) -> Result:
     return await give(tracee, reply._replace(a=0 if cloexec else 1))
 
 
-async def _refuse(error: int) -> Result:
-    return -error
-
-
-async def _succeed() -> Result:
-    return 0
-
-
-def _open(tracee: Tracee, call: SystemCall) -> Coroutine[Any, Any, Result] | None:
+def _open(tracee: Tracee, call: SystemCall) -> Work:
     return _open_path(tracee, call.arguments[0], call.arguments[1])
 
 
-def _openat(tracee: Tracee, call: SystemCall) -> Coroutine[Any, Any, Result] | None:
+def _openat(tracee: Tracee, call: SystemCall) -> Work:
     return _open_path(tracee, call.arguments[1], call.arguments[2])
 
 
-def _openat2(tracee: Tracee, call: SystemCall) -> Coroutine[Any, Any, Result] | None:
+def _openat2(tracee: Tracee, call: SystemCall) -> Work:
     flags = read_memory(tracee.tid, call.arguments[2], 8)
     return _open_path(tracee, call.arguments[1], int.from_bytes(flags, "little")) if flags is not None else None
 
 
-def _access(tracee: Tracee, call: SystemCall) -> Coroutine[Any, Any, Result] | None:
+def _access(tracee: Tracee, call: SystemCall) -> Work:
     """Whoever runs under us may use the device, whether the machine has one or not."""
     address = call.arguments[0 if call.number == Nr.ACCESS else 1]
-    return _succeed() if path_at(tracee, address) in DEVICES else None
+    return 0 if path_at(tracee, address) in DEVICES else None
 
 
-def _readlink(tracee: Tracee, call: SystemCall) -> Coroutine[Any, Any, Result] | None:
+def _readlink(tracee: Tracee, call: SystemCall) -> Work:
     path, buffer, size = call.arguments[:3] if call.number == Nr.READLINK else call.arguments[1:4]
     file = _named_file(tracee, path_at(tracee, path))
     return _link(tracee, file, buffer, size & 0xFFFF_FFFF) if file is not None else None
 
 
-async def _link(tracee: Tracee, file: ServedFile, buffer: int, size: int) -> Result:
+def _link(tracee: Tracee, file: ServedFile, buffer: int, size: int) -> int:
     name = _NAMES[file.kind][:size]
     if not name:
         return -errno.EINVAL

@@ -6,19 +6,17 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from guestmem.serve.files import ServedFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.calls_open import DEVICES, path_at
 from guestmem.serve.seccomp.descriptors import as_int, file_at
 from guestmem.serve.seccomp.numbers import Nr
-from guestmem.serve.seccomp.tracee import NATIVE, Result, Tracee
+from guestmem.serve.seccomp.tracee import Tracee, Work
 from guestmem.serve.seccomp.user_memory import write_memory
 from guestmem.serve.wire import FileKind
 
-Work = Coroutine[Any, Any, Result] | None
 _STAT = struct.Struct("<QQQIIIIQqqqqqqqqq24x")
 _STATX = struct.Struct("<IIQIIIHHQQQQ16s16s16s16sIIIIQ104x")
 _STATFS = struct.Struct("<qqQQQQQiiqqq32x")
@@ -56,7 +54,7 @@ def _stat_path(tracee: Tracee, call: SystemCall) -> Work:
     return _show(tracee, -1, None, call.arguments[1]) if path_at(tracee, call.arguments[0]) in DEVICES else None
 
 
-def _by_fd_or_path(tracee: Tracee, fd: int, path: int, show: Callable[[ServedFile | None], Work]) -> Work:
+def _by_fd_or_path(tracee: Tracee, fd: int, path: int, show: Callable[[ServedFile | None], int | None]) -> Work:
     """A name of a device on a machine that has none; or no name, but a descriptor of ours."""
     name = path_at(tracee, path)
     if name:
@@ -66,7 +64,7 @@ def _by_fd_or_path(tracee: Tracee, fd: int, path: int, show: Callable[[ServedFil
     return show(file) if file is not None else None
 
 
-async def _show(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> Result:
+def _show(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> int | None:
     """struct stat."""
     kind = FileKind.KVM if file is None else file.kind
     device = _KVM_DEVICE if kind == FileKind.KVM else 0
@@ -76,7 +74,7 @@ async def _show(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -
         try:
             s = _found(tracee, fd)
         except OSError:
-            return NATIVE
+            return None
         times = (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)
         seconds = [part for time in times for part in divmod(time, 10**9)]
         owner = (1, _MODES[kind], s.st_uid, s.st_gid, 0)
@@ -89,7 +87,7 @@ def _statx(tracee: Tracee, call: SystemCall) -> Work:
     return _by_fd_or_path(tracee, fd, path, lambda file: _show_statx(tracee, fd, file, buffer))
 
 
-async def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> Result:
+def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> int | None:
     """struct statx: basic statistics, no time of birth."""
     kind = FileKind.KVM if file is None else file.kind
     device = _KVM_DEVICE if kind == FileKind.KVM else 0
@@ -101,7 +99,7 @@ async def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: 
         try:
             s = _found(tracee, fd)
         except OSError:
-            return NATIVE
+            return None
         none, access, change, modify = (
             _TIME.pack(*divmod(time, 10**9)) for time in (0, s.st_atime_ns, s.st_ctime_ns, s.st_mtime_ns)
         )
@@ -116,7 +114,7 @@ def _fstatfs(tracee: Tracee, call: SystemCall) -> Work:
     return _show_statfs(tracee, buffer) if file_at(tracee, fd) is not None else None
 
 
-async def _show_statfs(tracee: Tracee, buffer: int) -> Result:
+def _show_statfs(tracee: Tracee, buffer: int) -> int:
     data = _STATFS.pack(_ANON_INODE_FS, _BLOCK, 0, 0, 0, 0, 0, 0, 0, 255, _BLOCK, _ST_VALID)
     return 0 if write_memory(tracee.tid, buffer, data) else -errno.EFAULT
 

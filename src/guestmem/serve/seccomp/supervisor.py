@@ -74,15 +74,16 @@ class Supervisor:
             tracee.process.instruction = notification.call.ip - 2
             if tracee.notified(notification):
                 return
-            work = table.handle(tracee, notification.call)
-            if work is not None:
-                tracee.begin(notification.call, notification.id, work)
-                return
-        with contextlib.suppress(Gone):  # it will come again
-            if tracee is not None:
+        work = table.handle(tracee, notification.call) if tracee is not None else None
+        with contextlib.suppress(Gone):
+            if isinstance(work, int):
+                self.listener.answer(notification.id, work)
+            elif tracee is None:
+                self.listener.let_run(notification.id)
+            elif work is None:
                 tracee.let_run(notification.id, notification.call)
             else:
-                self.listener.let_run(notification.id)
+                tracee.begin(notification.call, notification.id, work)
 
     # Stops
 

@@ -1,21 +1,19 @@
 """From a system call's number to the function that looks at it.
 
-The function gets the thread and the call, and says at once whether the call concerns us: None if not, and the kernel
-does it; else the work, whose result is the call's: a number, -errno, or NATIVE.
+The function gets the thread and the call, and says at once what is to be done, see tracee.Work; mostly nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from guestmem.serve.seccomp import calls_close, calls_io, calls_ioctl, calls_memory, calls_open, calls_stat
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.numbers import Nr
-from guestmem.serve.seccomp.tracee import Result, Tracee
+from guestmem.serve.seccomp.tracee import Tracee, Work
 
-Work: TypeAlias = Coroutine[Any, Any, Result]
-Handler: TypeAlias = Callable[[Tracee, SystemCall], Work | None]
+Handler: TypeAlias = Callable[[Tracee, SystemCall], Work]
 
 _TABLE: Mapping[Nr, Handler] = {
     **calls_open.TABLE,
@@ -27,6 +25,6 @@ _TABLE: Mapping[Nr, Handler] = {
 }
 
 
-def handle(tracee: Tracee, call: SystemCall) -> Work | None:
+def handle(tracee: Tracee, call: SystemCall) -> Work:
     handler = _TABLE.get(Nr(call.number))
     return handler(tracee, call) if handler is not None else None

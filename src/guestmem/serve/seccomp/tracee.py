@@ -18,7 +18,7 @@ import errno
 import os
 import signal
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from guestmem.sched import Operation, Task, park
 from guestmem.serve import wire
@@ -61,6 +61,8 @@ class Native(enum.Enum):
 
 NATIVE = Native.NATIVE
 Result = int | Native
+Work: TypeAlias = Coroutine[Any, Any, Result] | int | None
+"""What is to be done for a call: work, whose result it gets; or only give it a result; or None, the kernel does it."""
 
 
 class Tracee(StoppableThread):
