@@ -7,6 +7,7 @@ kept as they came, since some calls must look at them and others must not.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import struct
 from typing import ClassVar, TypeVar
 
@@ -23,14 +24,19 @@ class Argument:
     def unpack(cls: type[S], data: bytes) -> S:
         """Raises: struct.error unless `data` has SIZE bytes."""
         words = cls._LAYOUT.unpack(data)
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        if names[-1] == "reserved":
-            words = (*words[: len(names) - 1], words[len(names) - 1 :])
-        return cls(*words)
+        named = _named_words(cls)
+        return cls(*words[:named], words[named:]) if named < len(words) else cls(*words)
 
     def pack(self) -> bytes:
         *words, last = dataclasses.astuple(self)  # type: ignore[call-overload]
         return self._LAYOUT.pack(*words, *(last if isinstance(last, tuple) else (last,)))
+
+
+@functools.cache
+def _named_words(argument: type[Argument]) -> int:
+    """How many words stand before `reserved`, which takes the rest."""
+    names = [field.name for field in dataclasses.fields(argument)]  # type: ignore[arg-type]
+    return len(names) - (names[-1] == "reserved")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
