@@ -21,6 +21,7 @@ OURS = (
     ("misuse", "future"),
     ("machine", "v6.18"),
     ("machine", "future"),
+    ("borders", "future"),
 )
 
 

@@ -35,6 +35,7 @@ class GmemArea:
         self.end = end
         self.first = first
         self.prot = prot
+        self.by_page = False  # see `guard`
 
     @property
     def inode(self) -> Inode:
@@ -66,7 +67,9 @@ class GmemArea:
 
     def cut(self, start: int, end: int) -> GmemArea:
         """The part of the area between two addresses, as an area of its own; not attached."""
-        return GmemArea(self.client, self.mappings, start, end, self.index_of(start), self.prot)
+        part = GmemArea(self.client, self.mappings, start, end, self.index_of(start), self.prot)
+        part.by_page = self.by_page
+        return part
 
     def ranges(self, pages: PageRange, access: Access) -> list[HvaRange]:
         """Where the area shows those of `pages` that have `access` now."""
@@ -125,8 +128,8 @@ class GmemMappings:
             raise UnmapFailed(pages, f"client {area.client.pid}: {os.strerror(error.errno or 0)}") from error
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
-        if invalidation.reason not in _CONVERSIONS:
-            return
         for area in list(self.areas):
+            if invalidation.reason not in _CONVERSIONS and not area.by_page:
+                continue
             if area.client.alive and (ranges := area.ranges(invalidation.pages, Access.SHARED)):
                 await area.client.guard.open_ranges(area, ranges)

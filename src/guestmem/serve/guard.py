@@ -7,17 +7,21 @@ where they are. Two ways, both measured in design/feasibility.md section 1:
   dropped. The server registers; only the dropping needs code in the client. Open ranges are not registered, so they
   fault in at the kernel's own speed. (The road not taken: register all and open page by page with CONTINUE. It has to
   bring every shared page into being at conversion, which guest_memfd never does (R9), and a hole closes a shared page.)
+  The kernel has 65530 areas for a process, and every border of a closed range is one. When there are no more, the whole
+  mapping is closed as one area after all and its shared pages are opened one by one (`GmemArea.by_page`).
 - overlay: where userfaultfd is refused, an empty memfd is mapped over closed ranges; a touch is past its end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
 from typing import TYPE_CHECKING, Protocol
 
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access, PageIndex, Range
 from guestmem.serve.channel import ClientGone
 from guestmem.serve.wire import Upcall
 
@@ -30,6 +34,7 @@ HvaRange = tuple[int, int]
 
 _UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_UNREGISTER = 0x8010AA01
+_UFFDIO_CONTINUE = 0xC020AA07
 _MODE_MISSING, _MODE_MINOR = 1 << 0, 1 << 2
 
 
@@ -68,17 +73,57 @@ class Userfaultfd:
             fcntl.ioctl(self._fd, _UFFDIO_REGISTER, struct.pack("<QQQQ", start, end - start, modes, 0))
 
     async def close_ranges(self, area: GmemArea, ranges: list[HvaRange]) -> None:
-        await self.cover(area, ranges)
+        try:
+            await self.cover(area, ranges)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            self._close_by_page(area)
         payload = b"".join(struct.pack("<QQ", start, end - start) for start, end in ranges)
         with contextlib.suppress(ClientGone):  # and with it every entry
             await self._client.upcall(Upcall.ZAP, payload)
 
     async def open_ranges(self, area: GmemArea, ranges: list[HvaRange]) -> None:
-        for start, end in ranges:
-            fcntl.ioctl(self._fd, _UFFDIO_UNREGISTER, struct.pack("<QQ", start, end - start))
+        if not area.by_page:
+            try:
+                for start, end in ranges:
+                    fcntl.ioctl(self._fd, _UFFDIO_UNREGISTER, struct.pack("<QQ", start, end - start))
+                return
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+            self._close_by_page(area)
+        self._open_pages(area, ranges)
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def _close_by_page(self, area: GmemArea) -> None:
+        """Register all of a mapping, which makes one area of many, and keep what is shared open."""
+        area.by_page = True
+        size, modes = area.end - area.start, _MODE_MISSING | _MODE_MINOR
+        fcntl.ioctl(self._fd, _UFFDIO_REGISTER, struct.pack("<QQQQ", area.start, size, modes, 0))
+        self._open_pages(area, area.ranges(area.pages, Access.SHARED))
+
+    def _open_pages(self, area: GmemArea, ranges: list[HvaRange]) -> None:
+        """Map every page of ranges that are registered. There must be a page to be mapped, so holes are filled."""
+        for start, end in ranges:
+            first = PageIndex(area.offset_of(start) >> PAGE_SHIFT)
+            area.inode.backing.populate(Range(first, PageIndex(first + ((end - start) >> PAGE_SHIFT))))
+            while start < end:
+                start += self._continue(start, end - start)
+
+    def _continue(self, start: int, size: int) -> int:
+        """Map pages from `start` on, up to one that is mapped already; bytes that need no more work."""
+        argument = bytearray(struct.pack("<QQQq", start, size, 0, 0))
+        try:
+            fcntl.ioctl(self._fd, _UFFDIO_CONTINUE, argument)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.EAGAIN):
+                raise
+            (done,) = struct.unpack_from("<q", argument, 24)
+            return max(done, 0) or PAGE_SIZE
+        return size
 
 
 class Overlay:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import struct
+from collections.abc import Hashable
 from typing import ClassVar, TypeVar
 
 S = TypeVar("S", bound="Argument")
@@ -24,8 +25,10 @@ class Argument:
     def unpack(cls: type[S], data: bytes) -> S:
         """Raises: struct.error unless `data` has SIZE bytes."""
         words = cls._LAYOUT.unpack(data)
-        named = _named_words(cls)
-        return cls(*words[:named], words[named:]) if named < len(words) else cls(*words)
+        named = _named_words(cls)  # type: ignore[arg-type]
+        if named < len(words):
+            words = (*words[:named], words[named:])
+        return cls(*words)
 
     def pack(self) -> bytes:
         *words, last = dataclasses.astuple(self)  # type: ignore[call-overload]
@@ -33,7 +36,7 @@ class Argument:
 
 
 @functools.cache
-def _named_words(argument: type[Argument]) -> int:
+def _named_words(argument: Hashable) -> int:
     """How many words stand before `reserved`, which takes the rest."""
     names = [field.name for field in dataclasses.fields(argument)]  # type: ignore[arg-type]
     return len(names) - (names[-1] == "reserved")
