@@ -21,6 +21,7 @@ from guestmem.check.explore import VIOLATED, Result
 from guestmem.check.plan import Plan
 from guestmem.check.pool import LocalPool, Pool
 from guestmem.check.scenario import built_in, find
+from guestmem.check.strategies.states import MAX_STATES
 from guestmem.check.work import Hunted, Options, bounded, scenario_named, under
 
 PASS, VIOLATION, NOTHING_RUN = 0, 1, 4
@@ -56,6 +57,7 @@ def check(
     seed: Annotated[int, typer.Option(help="For random strategies.")] = 0,
     executions: Annotated[int, typer.Option(help="Stop a scenario after so many.")] = 10_000_000,
     seconds: Annotated[float, typer.Option(help="Stop a scenario after so long.")] = 600.0,
+    max_states: Annotated[int, typer.Option(help="Stop a scenario when so many states are kept.")] = MAX_STATES,
     mutants: Annotated[bool, typer.Option("--mutants", help="Hunt every mutant of the folder.")] = False,
     mutants_in: Annotated[Path, typer.Option(help="The folder of the mutants.")] = mutant_files.KNOWN_BUGS,
     mutant: Annotated[str, typer.Option(help="Check the product with this mutant in it: FILE.py:NAME.")] = "",
@@ -74,7 +76,7 @@ def check(
     format_: Annotated[Format, typer.Option("--format", help="Of what is written to the output.")] = Format.text,
 ) -> None:
     """Explore every interleaving within each scenario's bound. Exit 0: no violation; 1: a violation; 4: nothing run."""
-    options = Options(strategy.value, preemptions, failures, seed, executions, seconds)
+    options = Options(strategy.value, preemptions, failures, seed, executions, seconds, max_states)
     try:
         wanted = _scenarios(names or [])
         if mutant:
