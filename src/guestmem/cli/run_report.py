@@ -54,7 +54,7 @@ def _memory(report: Report) -> Table:
     for column in (
         "inode",
         "size",
-        "allocated",
+        "allocated", "at most",
         "private",
         "conversions",
         "invalidations",
@@ -67,6 +67,7 @@ def _memory(report: Report) -> Table:
             str(memory.number),
             _bytes(memory.size),
             _bytes(memory.allocated * PAGE_SIZE),
+            _bytes(memory.allocated_peak * PAGE_SIZE),
             _bytes(memory.private * PAGE_SIZE),
             str(memory.conversions),
             str(sum(memory.invalidations.values())),

@@ -100,6 +100,7 @@ class Inode:
         self._tracer = tracer
         self._faults: Counter[tuple[str, str]] = Counter()
         self._conversions = 0
+        self._peak = 0
         if tracer.enabled:
             tracer.emit(event.GmemCreate(number, size, abilities.mmap | abilities.init_shared << 1))
 
@@ -255,6 +256,7 @@ class Inode:
             self._truncate(inside)
 
     def _truncate(self, pages: PageRange) -> None:
+        self._peak = max(self._peak, len(self.folios.present))  # only a hole makes it less
         detached = self.folios.remove(pages)
         self.unmap_failed.remove_range(pages.start, pages.end)
         if self._tracer.enabled:
@@ -375,6 +377,7 @@ class Inode:
             number=self.number,
             size=self.size,
             allocated=len(self.folios.present),
+            allocated_peak=max(self._peak, len(self.folios.present)),
             private=self.attributes.private_count(),
             poisoned=len(self.folios.poisoned),
             conversions=self._conversions,

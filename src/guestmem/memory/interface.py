@@ -55,6 +55,7 @@ class InodeStatistics:
     number: int
     size: int
     allocated: int
+    allocated_peak: int
     private: int
     poisoned: int
     conversions: int
