@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("conversions", "faults", "fallocate", "attributes", "guest", "explorer", "untouched", "serve")
+ALL = ("conversions", "faults", "fallocate", "attributes", "guest", "explorer", "untouched", "serve", "transports")
 
 
 def main() -> None:

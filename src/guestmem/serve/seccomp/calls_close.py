@@ -23,7 +23,10 @@ _CLOSE_RANGE_UNSHARE, _CLOSE_RANGE_CLOEXEC = 2, 4
 
 def _close(tracee: Tracee, call: SystemCall) -> Work:
     fd = call.arguments[0]
-    return call_and_sync(tracee, Nr.CLOSE, fd) if file_at(tracee, fd) is not None else None
+    if file_at(tracee, fd) is None:
+        return None
+    tracee.supervisor.known.forget()
+    return call_and_sync(tracee, Nr.CLOSE, fd)
 
 
 def _close_range(tracee: Tracee, call: SystemCall) -> Work:
@@ -32,6 +35,7 @@ def _close_range(tracee: Tracee, call: SystemCall) -> Work:
         return None
     numbers = [int(name) for name in os.listdir(f"/proc/{tracee.tid}/fd")]
     if any(first <= number <= last and file_at(tracee, number) is not None for number in numbers):
+        tracee.supervisor.known.forget()
         return call_and_sync(tracee, Nr.CLOSE_RANGE, first, last, flags)
     return None
 
@@ -54,12 +58,14 @@ def _dup_onto(tracee: Tracee, call: SystemCall) -> Work:
     from_, to = as_int(call.arguments[0]), as_int(call.arguments[1])
     if from_ == to or file_at(tracee, to) is None:
         return None
+    tracee.supervisor.known.forget()
     return _replace(tracee, call)
 
 
 async def _replace(tracee: Tracee, call: SystemCall) -> Result:
     async with tracee.held():
         result = await tracee.inject(Nr(call.number), *call.arguments[:3])
+    tracee.supervisor.known.forget()
     if result >= 0:
         await tracee.sync_releases()
     return result

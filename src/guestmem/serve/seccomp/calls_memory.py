@@ -120,6 +120,7 @@ async def call_and_sync(tracee: Tracee, number: Nr, *arguments: int) -> int:
     """Have the thread do its call now, and wait for the releases that it brought about."""
     async with tracee.held():
         result = await tracee.inject(number, *arguments)
+    tracee.supervisor.known.forget()  # another thread may have looked it up meanwhile
     if not result:
         await tracee.sync_releases()
     return result

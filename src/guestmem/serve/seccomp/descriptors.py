@@ -22,11 +22,39 @@ def as_long(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
+class Known:
+    """Descriptors that have been looked up, from where the filter has us hear of everything that closes one."""
+
+    def __init__(self, first_fd: int) -> None:
+        self._first = first_fd
+        self._found: dict[tuple[int, int], ServedFile] = {}  # by process and number
+
+    def get(self, pid: int, fd: int) -> ServedFile | None:
+        found = self._found.get((pid, fd))
+        return found if found is not None and not found.closed else None
+
+    def put(self, pid: int, fd: int, file: ServedFile) -> None:
+        if fd >= self._first:
+            self._found[pid, fd] = file
+
+    def forget(self) -> None:
+        """Some descriptor is closed, some process has called exec or ended."""
+        self._found.clear()
+
+
 def file_at(tracee: Tracee, word: int) -> ServedFile | None:
     """What the argument of a call refers to; None for all that is not ours."""
     fd = as_int(word)
     if fd < 0:
         return None
+    known = tracee.supervisor.known
+    found = known.get(tracee.tgid, fd) or _look_up(tracee, fd)
+    if found is not None:
+        known.put(tracee.tgid, fd, found)
+    return found
+
+
+def _look_up(tracee: Tracee, fd: int) -> ServedFile | None:
     try:
         status = os.stat(f"/proc/{tracee.tid}/fd/{fd}")
     except OSError:

@@ -9,6 +9,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from guestmem.serve.seccomp import ptrace, table
+from guestmem.serve.seccomp.descriptors import Known
 from guestmem.serve.seccomp.listener import Gone, Listener
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.process import Process
@@ -39,6 +40,7 @@ class Supervisor:
         self.tracees: dict[int, Tracee] = {}
         self.masks: dict[int, int] = {}
         """KVM_SET_SIGNAL_MASK, by inode number of the vCPU's file."""
+        self.known = Known(self.first_fd)
         self._early: dict[int, int] = {}  # the first stop of a thread that its parent has not told of yet
         self._children = _signal_descriptor()
         server.watch(self.listener.fd, self._on_notification)
@@ -108,7 +110,8 @@ class Supervisor:
         elif tracee is not None:
             tracee.stopped(status)
         else:
-            self._early[tid] = status
+            self.known = Known(self.first_fd)
+        self._early[tid] = status
 
     def event(self, tracee: Tracee, event: int) -> None:
         """A ptrace event in the middle of a call of `tracee`."""
@@ -155,6 +158,8 @@ class Supervisor:
 
     def _remove(self, tracee: Tracee) -> None:
         del self.tracees[tracee.tid]
+        if tracee.tid == tracee.tgid:
+            self.known.forget()
         tracee.gone()
         tracee.process.remove(tracee)
 

@@ -142,7 +142,7 @@ class Tracee(StoppableThread):
         self.state = State.NOTIFIED
         self._notification = notification
         self.supervisor.server.scheduler.begin(self._work(work), "system call")
-        if self.call is not None and self.interruptible:
+        if self.call is not None and (self.interruptible or self._holds):
             self.interrupt()
 
     async def _work(self, work: Coroutine[Any, None, Result]) -> None:
