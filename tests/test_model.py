@@ -343,8 +343,8 @@ class GuestMemory(RuleBasedStateMachine):
         return None
 
     def _expect_guest_fault(self, page: Page | None, private: bool | None) -> str | None:
-        if page is None:
-            return None
+        if page is None:  # no memory is shared, and there is no private MMIO
+            return "fault.mismatch" if private else None
         state = SHARED if self.released else page.access
         if private is not None and private is not (state is PRIVATE):
             return "fault.mismatch"
