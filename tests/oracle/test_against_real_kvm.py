@@ -56,6 +56,9 @@ MISSING = oracle_missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")
 
 
+NOT_OPEN = 1 << 30  # beyond any limit, so no descriptor on either side
+
+
 class Both:
     """A VM there and a VM here, each with two files of 2 MiB; file `n` means descriptor `fds[n]` on either side."""
 
@@ -78,8 +81,8 @@ class Both:
     def region(self, file: int, **fields: int) -> tuple[str, str]:
         """Both answers to one region; `file` 2 is a closed descriptor."""
         return (
-            self._ask_ours(fields | {"guest_memfd": [*self.our_fds, 900][file]}),
-            self._ask_theirs(fields | {"guest_memfd": [*self.their_fds, 900][file]}),
+            self._ask_ours(fields | {"guest_memfd": [*self.our_fds, NOT_OPEN][file]}),
+            self._ask_theirs(fields | {"guest_memfd": [*self.their_fds, NOT_OPEN][file]}),
         )
 
     def create(self, size: int, flags: int) -> tuple[str, str]:
