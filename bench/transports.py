@@ -1,5 +1,5 @@
-"""The two ways in which a client's calls come: seccomp with ptrace, as static clients have it, against the shim. The same
-programs, linked statically and dynamically, in the same run."""
+"""The two ways in which a client's calls come: seccomp with ptrace, as static clients have it, against the shim. The
+same programs, linked statically and dynamically, in the same run."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import os
 
 from guestmem.serve.files import GmemFile
 from guestmem.serve.seccomp.bpf import SystemCall
-from guestmem.serve.seccomp.calls_memory import call_and_sync
 from guestmem.serve.seccomp.descriptors import as_int, file_at
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.tracee import Result, Tracee, Work
@@ -26,7 +25,7 @@ def _close(tracee: Tracee, call: SystemCall) -> Work:
     if file_at(tracee, fd) is None:
         return None
     tracee.supervisor.known.forget()
-    return call_and_sync(tracee, Nr.CLOSE, fd)
+    return tracee.close_by(Nr.CLOSE, fd)
 
 
 def _close_range(tracee: Tracee, call: SystemCall) -> Work:
@@ -36,7 +35,7 @@ def _close_range(tracee: Tracee, call: SystemCall) -> Work:
     numbers = [int(name) for name in os.listdir(f"/proc/{tracee.tid}/fd")]
     if any(first <= number <= last and file_at(tracee, number) is not None for number in numbers):
         tracee.supervisor.known.forget()
-        return call_and_sync(tracee, Nr.CLOSE_RANGE, first, last, flags)
+        return tracee.close_by(Nr.CLOSE_RANGE, first, last, flags)
     return None
 
 
@@ -59,16 +58,7 @@ def _dup_onto(tracee: Tracee, call: SystemCall) -> Work:
     if from_ == to or file_at(tracee, to) is None:
         return None
     tracee.supervisor.known.forget()
-    return _replace(tracee, call)
-
-
-async def _replace(tracee: Tracee, call: SystemCall) -> Result:
-    async with tracee.held():
-        result = await tracee.inject(Nr(call.number), *call.arguments[:3])
-    tracee.supervisor.known.forget()
-    if result >= 0:
-        await tracee.sync_releases()
-    return result
+    return tracee.close_by(Nr(call.number), *call.arguments[:3])
 
 
 def _fcntl(tracee: Tracee, call: SystemCall) -> Work:

@@ -113,17 +113,7 @@ async def _unmap(tracee: Tracee, address: int, length: int) -> Result:
     await _leave(tracee, address, length)
     if not gmem:
         return NATIVE
-    return await call_and_sync(tracee, Nr.MUNMAP, address, length)
-
-
-async def call_and_sync(tracee: Tracee, number: Nr, *arguments: int) -> int:
-    """Have the thread do its call now, and wait for the releases that it brought about."""
-    async with tracee.held():
-        result = await tracee.inject(number, *arguments)
-    tracee.supervisor.known.forget()  # another thread may have looked it up meanwhile
-    if not result:
-        await tracee.sync_releases()
-    return result
+    return await tracee.close_by(Nr.MUNMAP, address, length)
 
 
 def _mremap(tracee: Tracee, call: SystemCall) -> Work:

@@ -41,6 +41,8 @@ class Supervisor:
         self.masks: dict[int, int] = {}
         """KVM_SET_SIGNAL_MASK, by inode number of the vCPU's file."""
         self.known = Known(self.first_fd)
+        self.closing = 0
+        """How many threads are doing calls that close files; what those release is to be known when they are done."""
         self._early: dict[int, int] = {}  # the first stop of a thread that its parent has not told of yet
         self._children = _signal_descriptor()
         server.watch(self.listener.fd, self._on_notification)
@@ -91,14 +93,11 @@ class Supervisor:
 
     def _on_children(self) -> None:
         os.read(self._children, _SIGNAL_INFO)
-        while True:
-            try:
-                tid, status = os.waitpid(-1, os.WNOHANG | ptrace.WAIT_ALL)
-            except ChildProcessError:
-                return
-            if not tid:
-                return
-            self._reaped(tid, status)
+        with contextlib.suppress(ChildProcessError):
+            while (reaped := os.waitpid(-1, os.WNOHANG | ptrace.WAIT_ALL))[0]:
+                self._reaped(*reaped)
+        if self.closing:
+            self.server.notice_releases()
 
     def _reaped(self, tid: int, status: int) -> None:
         tracee = self.tracees.get(tid)

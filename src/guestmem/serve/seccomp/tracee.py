@@ -299,10 +299,19 @@ class Tracee(StoppableThread):
         registers.rax = number
         registers.orig_rax = _MASK
 
-    async def sync_releases(self) -> None:
-        """Wait until what the thread has closed is released."""
-        self.supervisor.server.notice_releases()
-        await self.request(Op.SYNC)
+    async def close_by(self, number: Nr, *arguments: int) -> int:
+        """Have the thread do a call that closes files, and wait for the releases that this leads to. Raises: Gone."""
+        supervisor = self.supervisor
+        supervisor.closing += 1
+        try:
+            async with self.held():
+                result = await self.inject(number, *arguments)
+        finally:
+            supervisor.closing -= 1
+            supervisor.known.forget()
+        if result >= 0:
+            await self.request(Op.SYNC)
+        return result
 
     # Descriptors
 
