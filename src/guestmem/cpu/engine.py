@@ -257,6 +257,11 @@ class CpuState(Protocol):
         ...
 
     @property
+    def interrupt_flag(self) -> bool:
+        """RFLAGS.IF. Field of struct kvm_run."""
+        ...
+
+    @property
     def ready_for_interrupt_injection(self) -> bool:
         """Whether the guest would take an interrupt now, and none waits. Field of struct kvm_run."""
         ...

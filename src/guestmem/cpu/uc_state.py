@@ -6,7 +6,7 @@ import dataclasses
 
 from guestmem.cpu import fpu
 from guestmem.cpu.cpu_state import HF2_NMI, HF_INHIBIT_IRQ
-from guestmem.cpu.exceptions import NMI, PF, Event, has_error_code
+from guestmem.cpu.exceptions import NMI, PF, RFLAGS_IF, Event, has_error_code
 from guestmem.cpu.registers import DebugRegisters, Events
 from guestmem.cpu.uc_vcpu import Vcpu
 
@@ -146,6 +146,11 @@ class UnicornState:
     @request_interrupt_window.setter
     def request_interrupt_window(self, wanted: bool) -> None:
         self._vcpu.interrupts.window = wanted
+
+    @property
+    def interrupt_flag(self) -> bool:
+        """RFLAGS.IF."""
+        return bool(self._core.cpu.env.eflags & RFLAGS_IF)
 
     @property
     def ready_for_interrupt_injection(self) -> bool:

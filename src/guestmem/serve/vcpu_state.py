@@ -27,7 +27,6 @@ _XCR = struct.Struct("<IIQ")
 _LAPIC_SIZE = 1024
 
 _CR0_PG, _CR4_PAE, _EFER_LME, _EFER_LMA = 1 << 31, 1 << 5, 1 << 8, 1 << 10
-_IF = 9
 _VALID_PAYLOAD = 1 << 5
 _VALID_SHADOW, _VALID_NMI_PENDING = 1 << 2, 1 << 0
 
@@ -40,7 +39,7 @@ def cpu(vcpu: Vcpu) -> CpuState:
 def write_run_state(run: KvmRun, vcpu: Vcpu) -> None:
     """What every exit says of the vCPU besides its reason."""
     state = cpu(vcpu)
-    run.write_state(state.ready_for_interrupt_injection, bool(vcpu.engine.get_regs().rflags >> _IF & 1))
+    run.write_state(state.ready_for_interrupt_injection, state.interrupt_flag)
 
 
 def get_regs(vcpu: Vcpu) -> bytes:
