@@ -181,7 +181,9 @@ class Inode:
         For a user whose faults the host's kernel handles. Such pages are zero at birth, so they are up to date.
         """
         inside = pages.intersection(Range(PageIndex(0), PageIndex(self.pages)))
-        for run in self.backing.existing(inside) if inside else ():
+        if inside is None or self.folios.present.contains_range(inside.start, inside.end):
+            return
+        for run in self.backing.existing(inside):
             new = list(self.folios.absent(run))
             await self._fill(run)
             for gap in new:

@@ -10,7 +10,7 @@
 
 struct process process;
 
-enum { SPINS = 150 }; /* some 50 us */
+enum { SPINS = 600 }; /* some 200 us, as long as KVM itself polls for a halted vCPU */
 
 /* A word in memory that fork() clears in the child, whoever makes it: it is how a bare clone() is noticed. */
 static uint64_t *alive;

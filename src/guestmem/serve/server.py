@@ -27,7 +27,7 @@ from guestmem.serve.wire import HELLO_FORKED, HELLO_HELPER, VERSION, Op, Request
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import GUEST_MEMFD_MAGIC
 
-SPIN_S = 0.0001
+SPIN_S = 0.0002
 """How long the loop looks for the next event before it sleeps, where clients have another CPU: they tend to ask again
 at once, and being woken costs tens of microseconds."""
 
