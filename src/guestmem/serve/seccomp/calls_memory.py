@@ -18,12 +18,11 @@ _MAP_TYPE, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x0F, 0x02, 0x10, 0x20
 _MAP_LOCKED, _MAP_POPULATE, _MAP_HUGETLB, _MAP_NOREPLACE = 0x2000, 0x8000, 0x40000, 0x100000
 _MADV_DONTNEED, _MADV_FREE, _MADV_REMOVE, _MADV_HUGEPAGE, _MADV_COLLAPSE = 4, 8, 9, 14, 25
 _MADV_DONTNEED_LOCKED, _MADV_POPULATE_READ = 24, 22
-_MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
 _MS_SYNC = 4
 _MAX_ERRNO = 4095
 
 
-async def _leave(tracee: Tracee, address: int, length: int) -> None:
+async def leave(tracee: Tracee, address: int, length: int) -> None:
     """What is mapped there now is about to go."""
     if length and not address % _PAGE and tracee.process.areas_touch(address, length):
         await tracee.request(Op.UNMAP, a=address, b=length)
@@ -44,14 +43,14 @@ def _mmap(tracee: Tracee, call: SystemCall) -> Work:
 
 
 async def _map_over(tracee: Tracee, address: int, length: int) -> Result:
-    await _leave(tracee, address, length)
+    await leave(tracee, address, length)
     return NATIVE
 
 
 async def _map_vcpu(tracee: Tracee, file: VcpuFile, call: SystemCall) -> Result:
     address, length, protection, flags, _, offset = call.arguments
     if flags & _MAP_FIXED:
-        await _leave(tracee, address, length)
+        await leave(tracee, address, length)
     number = await tracee.install(os.dup(file.run.fd), cloexec=True)
     if number < 0:
         return number
@@ -66,7 +65,7 @@ async def _map_gmem(tracee: Tracee, file: GmemFile, call: SystemCall) -> Result:
     if offset % _PAGE or not length or flags & _MAP_HUGETLB or (flags & _MAP_FIXED and address % _PAGE):
         return -errno.EINVAL
     if flags & _MAP_FIXED and not flags & _MAP_NOREPLACE:
-        await _leave(tracee, address, length)
+        await leave(tracee, address, length)
     reply = await tracee.request(Op.MMAP_CHECK, file, length, protection, flags, offset)
     if reply.error:
         return -reply.error
@@ -92,12 +91,12 @@ async def _map_closed(tracee: Tracee, file: GmemFile, call: SystemCall) -> int:
     error = reply.error or -await tracee.inject(Nr.MPROTECT, mapped, length, protection)
     if not error:
         return mapped
-    await _leave(tracee, mapped, length)
+    await leave(tracee, mapped, length)
     await tracee.inject(Nr.MUNMAP, mapped, length)
     return -error
 
 
-# munmap, mremap, mprotect
+# munmap, mprotect
 
 
 def _munmap(tracee: Tracee, call: SystemCall) -> Work:
@@ -110,36 +109,10 @@ def _munmap(tracee: Tracee, call: SystemCall) -> Work:
 async def _unmap(tracee: Tracee, address: int, length: int) -> Result:
     """A mapping may be what kept a closed file: its release has happened when the call returns."""
     gmem = tracee.process.areas_touch(address, length, gmem=True)
-    await _leave(tracee, address, length)
+    await leave(tracee, address, length)
     if not gmem:
         return NATIVE
     return await tracee.close_by(Nr.MUNMAP, address, length)
-
-
-def _mremap(tracee: Tracee, call: SystemCall) -> Work:
-    address, length, new_length, flags, new_address = call.arguments[:5]
-    touches = tracee.process.areas_touch
-    moves_over = bool(flags & _MREMAP_FIXED) and not new_address % _PAGE and touches(new_address, new_length)
-    if touches(address, length or 1, gmem=True) or moves_over or (length and touches(address, length)):
-        return _remap(tracee, call)
-    return None
-
-
-async def _remap(tracee: Tracee, call: SystemCall) -> Result:
-    address, length, new_length, flags, new_address = call.arguments[:5]
-    if flags & _MREMAP_FIXED:
-        await _leave(tracee, new_address, new_length)
-    if not tracee.process.areas_touch(address, length or 1, gmem=True):
-        await _leave(tracee, address, length)
-        return NATIVE
-    if flags & _MREMAP_DONTUNMAP:
-        return -errno.EINVAL
-    async with tracee.held():
-        words = [address, length, new_length, flags, new_address, 0]
-        moved = await tracee.inject_as_is(Nr.MREMAP, words)
-    if moved >= 0:
-        await tracee.request(Op.MOVED, a=address, b=length, c=moved, d=new_length)
-    return moved
 
 
 def _mprotect(tracee: Tracee, call: SystemCall) -> Work:
@@ -194,7 +167,6 @@ def _msync(tracee: Tracee, call: SystemCall) -> Work:
 TABLE = {
     Nr.MMAP: _mmap,
     Nr.MUNMAP: _munmap,
-    Nr.MREMAP: _mremap,
     Nr.MPROTECT: _mprotect,
     Nr.PKEY_MPROTECT: _mprotect,
     Nr.MADVISE: _madvise,

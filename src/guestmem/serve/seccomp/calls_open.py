@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from guestmem.serve.files import ServedFile
+from guestmem.serve.files import GmemFile, ServedFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.calls_ioctl import give
 from guestmem.serve.seccomp.descriptors import file_at
@@ -83,7 +83,13 @@ def _link(tracee: Tracee, file: ServedFile, buffer: int, size: int) -> int:
     return len(name) if write_memory(tracee.tid, buffer, name) else -errno.EFAULT
 
 
+def _truncate(tracee: Tracee, call: SystemCall) -> Work:
+    file = _named_file(tracee, path_at(tracee, call.arguments[0]))
+    return -errno.EINVAL if isinstance(file, GmemFile) else None
+
+
 TABLE = {
+    Nr.TRUNCATE: _truncate,
     Nr.OPEN: _open,
     Nr.OPENAT: _openat,
     Nr.OPENAT2: _openat2,

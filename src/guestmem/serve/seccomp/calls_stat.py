@@ -8,7 +8,7 @@ import stat
 import struct
 from collections.abc import Callable
 
-from guestmem.serve.files import ServedFile
+from guestmem.serve.files import GmemFile, ServedFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.calls_open import DEVICES, path_at
 from guestmem.serve.seccomp.descriptors import as_int, file_at
@@ -16,12 +16,14 @@ from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.tracee import Tracee, Work
 from guestmem.serve.seccomp.user_memory import write_memory
 from guestmem.serve.wire import FileKind
+from guestmem.uapi.kvm import GUEST_MEMFD_MAGIC
 
 _STAT = struct.Struct("<QQQIIIIQqqqqqqqqq24x")
 _STATX = struct.Struct("<IIQIIIHHQQQQ16s16s16s16sIIIIQ104x")
 _STATFS = struct.Struct("<qqQQQQQiiqqq32x")
 _TIME = struct.Struct("<qI4x")
-_STATX_BASIC = 0x7FF
+_STATX_SHOWN = 0x17FF
+"""Basic statistics and the mount, no time of birth."""
 _KVM_DEVICE = os.makedev(10, 232)
 _ANON_INODE_FS, _ST_VALID = 0x09041934, 0x20
 _BLOCK = 4096
@@ -37,6 +39,11 @@ _MODES = {
 def _found(tracee: Tracee, fd: int) -> os.stat_result:
     """What is behind a file of ours. Raises: OSError."""
     return os.stat(f"/proc/{tracee.tid}/fd/{as_int(fd)}")
+
+
+def _mount(tracee: Tracee, fd: int) -> int:
+    with open(f"/proc/{tracee.tid}/fdinfo/{as_int(fd)}") as info:
+        return next((int(line.split()[1]) for line in info if line.startswith("mnt_id:")), 0)
 
 
 def _fstat(tracee: Tracee, call: SystemCall) -> Work:
@@ -88,12 +95,12 @@ def _statx(tracee: Tracee, call: SystemCall) -> Work:
 
 
 def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> int | None:
-    """struct statx: basic statistics, no time of birth."""
+    """struct statx."""
     kind = FileKind.KVM if file is None else file.kind
     device = _KVM_DEVICE if kind == FileKind.KVM else 0
     devices = (os.major(device), os.minor(device))
     if file is None:
-        head = (_STATX_BASIC, _BLOCK, 0, 1, 0, 0, _MODES[kind], 0, 0, 0, 0, 0)
+        head = (_STATX_SHOWN, _BLOCK, 0, 1, 0, 0, _MODES[kind], 0, 0, 0, 0, 0)
         data = _STATX.pack(*head, *(bytes(16),) * 4, *devices, 0, 0, 0)
     else:
         try:
@@ -103,19 +110,22 @@ def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -
         none, access, change, modify = (
             _TIME.pack(*divmod(time, 10**9)) for time in (0, s.st_atime_ns, s.st_ctime_ns, s.st_mtime_ns)
         )
-        head = (_STATX_BASIC, _BLOCK, 0, 1, s.st_uid, s.st_gid, _MODES[kind], 0, s.st_ino, s.st_size, 0, 0)
-        place = (os.major(s.st_dev), os.minor(s.st_dev), 0)
+        head = (_STATX_SHOWN, _BLOCK, 0, 1, s.st_uid, s.st_gid, _MODES[kind], 0, s.st_ino, s.st_size, 0, 0)
+        place = (os.major(s.st_dev), os.minor(s.st_dev), _mount(tracee, fd))
         data = _STATX.pack(*head, access, none, change, modify, *devices, *place)
     return 0 if write_memory(tracee.tid, buffer, data) else -errno.EFAULT
 
 
 def _fstatfs(tracee: Tracee, call: SystemCall) -> Work:
     fd, buffer = call.arguments[:2]
-    return _show_statfs(tracee, buffer) if file_at(tracee, fd) is not None else None
+    file = file_at(tracee, fd)
+    return _show_statfs(tracee, file, buffer) if file is not None else None
 
 
-def _show_statfs(tracee: Tracee, buffer: int) -> int:
-    data = _STATFS.pack(_ANON_INODE_FS, _BLOCK, 0, 0, 0, 0, 0, 0, 0, 255, _BLOCK, _ST_VALID)
+def _show_statfs(tracee: Tracee, file: ServedFile, buffer: int) -> int:
+    own = isinstance(file, GmemFile) and tracee.supervisor.server.host.level.own_file_system
+    kind = GUEST_MEMFD_MAGIC if own else _ANON_INODE_FS
+    data = _STATFS.pack(kind, _BLOCK, 0, 0, 0, 0, 0, 0, 0, 255, _BLOCK, _ST_VALID)
     return 0 if write_memory(tracee.tid, buffer, data) else -errno.EFAULT
 
 

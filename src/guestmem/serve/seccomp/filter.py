@@ -45,6 +45,7 @@ ALWAYS = (
     Nr.READLINK,
     Nr.READLINKAT,
     Nr.FALLOCATE,
+    Nr.TRUNCATE,
     Nr.FTRUNCATE,
     Nr.MUNMAP,
     Nr.MREMAP,

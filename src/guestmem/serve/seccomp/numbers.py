@@ -36,6 +36,7 @@ class Nr(enum.IntEnum):
     FCNTL = 72
     FSYNC = 74
     FDATASYNC = 75
+    TRUNCATE = 76
     FTRUNCATE = 77
     FCHMOD = 91
     FCHOWN = 93

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 from typing import TYPE_CHECKING
 
 from guestmem.serve.seccomp import ptrace, table
+from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.descriptors import Known
 from guestmem.serve.seccomp.listener import Gone, Listener
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.process import Process
 from guestmem.serve.seccomp.start import Started
-from guestmem.serve.seccomp.tracee import Tracee
+from guestmem.serve.seccomp.tracee import Tracee, Work
 from guestmem.serve.seccomp.user_memory import read_memory
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ class Supervisor:
             tracee.process.instruction = notification.call.ip - 2
             if tracee.notified(notification):
                 return
-        work = table.handle(tracee, notification.call) if tracee is not None else None
+        work = self._look_at(tracee, notification.call) if tracee is not None else None
         with contextlib.suppress(Gone):
             if isinstance(work, int):
                 self.listener.answer(notification.id, work)
@@ -88,6 +90,15 @@ class Supervisor:
                 tracee.let_run(notification.id, notification.call)
             else:
                 tracee.begin(notification.call, notification.id, work)
+
+    def _look_at(self, tracee: Tracee, call: SystemCall) -> Work:
+        try:
+            return table.handle(tracee, call)
+        except OSError:  # it has been killed
+            return None
+        except Exception as bug:  # must not take the other clients along
+            self.server.report.bug(f"system call {call}", bug)
+            return -errno.EIO
 
     # Stops
 

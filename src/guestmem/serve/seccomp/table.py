@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from guestmem.serve.seccomp import calls_close, calls_io, calls_ioctl, calls_memory, calls_open, calls_stat
+from guestmem.serve.seccomp import (
+    calls_close,
+    calls_io,
+    calls_ioctl,
+    calls_memory,
+    calls_mremap,
+    calls_open,
+    calls_stat,
+)
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.tracee import Tracee, Work
@@ -19,6 +27,7 @@ _TABLE: Mapping[Nr, Handler] = {
     **calls_open.TABLE,
     **calls_ioctl.TABLE,
     **calls_memory.TABLE,
+    **calls_mremap.TABLE,
     **calls_io.TABLE,
     **calls_close.TABLE,
     **calls_stat.TABLE,

@@ -220,8 +220,8 @@ class Tracee(StoppableThread):
     def _pass_event(self, event: int) -> None:
         """It stopped in the middle of a call, where nothing can be done with it. If it is to stop, then after that."""
         self._forget_stop()
-        self.supervisor.event(self, event)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # it has been killed
+            self.supervisor.event(self, event)
             if self._holds or self.process.frozen:
                 ptrace.interrupt(self.tid)
             ptrace.resume(self.tid)

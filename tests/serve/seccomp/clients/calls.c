@@ -167,6 +167,44 @@ static void a_child_has_the_file_but_not_the_memory(void) {
     CHECK(system("exit 3") == 3 << 8, "system()");
 }
 
+/* A mapping of a guest_memfd with MMAP, whose pages are shared if `shared`. */
+static uint8_t *map_gmem(int machine, size_t pages, size_t mapped, bool shared) {
+    uint64_t flags = GUEST_MEMFD_FLAG_MMAP | (shared ? GUEST_MEMFD_FLAG_INIT_SHARED : 0);
+    struct kvm_create_guest_memfd create = {.size = pages * PAGE, .flags = flags};
+    int gmem = ioctl(machine, KVM_CREATE_GUEST_MEMFD, &create);
+    uint8_t *map = gmem < 0 ? MAP_FAILED : mmap(NULL, mapped * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, gmem, 0);
+
+    close(gmem);
+    return map;
+}
+
+static void private_pages_stay_closed_when_they_move(void) {
+    uint8_t *map = map_gmem(vm, 4, 2, false), *room = mmap(NULL, 8 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (map == MAP_FAILED) SKIP_CASE("no mapping of a guest_memfd: errno %d", errno);
+    CHECK_SIGBUS(map, -1);
+    CHECK(mremap(map, 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, room) == room, "errno %d", errno);
+    CHECK_SIGBUS(room + PAGE, 1);
+    CHECK(mremap(room, 2 * PAGE, 4 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, room + 4 * PAGE) == room + 4 * PAGE, "errno %d",
+          errno);
+    for (int page = 4; page < 8; page++) CHECK_SIGBUS(room + page * PAGE, -1);
+    CHECK(!munmap(room, 8 * PAGE), "errno %d", errno);
+}
+
+static void shared_pages_keep_their_bytes_when_they_move(void) {
+    uint8_t *map = map_gmem(vm, 8, 8, true), *copy, *grown;
+
+    if (map == MAP_FAILED) SKIP_CASE("no mapping of a guest_memfd: errno %d", errno);
+    for (int page = 0; page < 8; page++) map[page * PAGE] = (uint8_t)(page + 1);
+    CHECK(mremap(map, 8 * PAGE, 4 * PAGE, 0) == map, "errno %d", errno);
+    copy = mremap(map, 0, 4 * PAGE, MREMAP_MAYMOVE);
+    CHECK(copy != MAP_FAILED && copy != map && copy[PAGE] == 2, "errno %d", errno);
+    copy[PAGE] = 22;
+    grown = mremap(map, 4 * PAGE, 8 * PAGE, MREMAP_MAYMOVE);
+    CHECK(grown != MAP_FAILED && grown[PAGE] == 22 && grown[7 * PAGE] == 8, "errno %d", errno);
+    CHECK(!munmap(grown, 8 * PAGE) && !munmap(copy, 4 * PAGE), "errno %d", errno);
+}
+
 static void bad_addresses_are_faults(void) {
     CHECK_ERRNO(ioctl(vcpu, KVM_GET_REGS, 8), EFAULT);
     CHECK_ERRNO(ioctl(vcpu, KVM_SET_REGS, 8), EFAULT);
@@ -186,6 +224,8 @@ static const struct {
     {"a descriptor survives a socket", a_descriptor_survives_a_socket},
     {"the last close releases", the_last_close_releases},
     {"a child has the file but not the memory", a_child_has_the_file_but_not_the_memory},
+    {"private pages stay closed when they move", private_pages_stay_closed_when_they_move},
+    {"shared pages keep their bytes when they move", shared_pages_keep_their_bytes_when_they_move},
     {"bad addresses are faults", bad_addresses_are_faults},
 };
 
