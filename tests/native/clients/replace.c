@@ -159,8 +159,10 @@ static void hugetlb(void)
 {
     size_t size = 4UL << 20;
     char *address = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
-    if (address == MAP_FAILED)
+    if (address == MAP_FAILED) {
+        puts("no free huge pages of 2 MiB");
         exit(77);
+    }
     vm = vm_create();
     strcpy(address + (3UL << 20), "kept");
     CHECK(!set_region(address, size) && !strcmp(address + (3UL << 20), "kept") && !address[5]);
