@@ -24,6 +24,7 @@ CLIENTS = (
     ("killed", "future"),
     ("calls", "v6.18"),
     ("threads", "v6.18"),
+    ("exec", "v6.18"),
 )
 _PTRACE, _SECCOMP, _USERFAULTFD = 101, 317, 323
 
@@ -36,7 +37,7 @@ def test_a_static_client_passes(client: str, abi: str, build_static: Build, gues
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("client", ["calls", "threads"])
+@pytest.mark.parametrize("client", ["calls", "threads", "exec"])
 def test_the_same_client_passes_on_a_real_kernel(client: str, build_static: Build) -> None:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("no /dev/kvm")
@@ -128,6 +129,20 @@ def test_a_kill_leaves_no_process(victim: str, build_static: Build) -> None:
     assert run.wait(SECONDS) == -signal.SIGKILL
     run.stdout.read()  # ends when nobody has it open any more
     run.stdout.close()
+    assert not processes_of(program)
+
+
+def test_a_stopped_client_goes_on(build_static: Build) -> None:
+    """Job control: SIGSTOP stops it although it is traced, and SIGCONT lets it go on."""
+    program = build_static("killed")
+    command = [sys.executable, "-m", "guestmem.cli.main", "run", "--", str(program), "wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "ready\n"
+        first = min(processes_of(program))
+        os.kill(first, signal.SIGSTOP)
+        os.kill(first, signal.SIGCONT)
+        os.kill(first, signal.SIGTERM)
+        assert run.wait(SECONDS) == -signal.SIGTERM
     assert not processes_of(program)
 
 
