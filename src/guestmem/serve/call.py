@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from guestmem.memory import File
 from guestmem.serve.channel import ClientGone
@@ -15,6 +15,7 @@ from guestmem.trace import Refusal
 
 if TYPE_CHECKING:
     from guestmem.serve.client import Client
+    from guestmem.serve.client_memory import ClientMemory
     from guestmem.serve.server import Server
 
 _O_PATH = 0o10000000
@@ -130,6 +131,13 @@ class Call:
 
     def __repr__(self) -> str:
         return f"{Op(self.request.op).name.lower()} of {self.client.pid}"
+
+
+class KvmCaller(NamedTuple):
+    """See kvm.ioctl.Caller."""
+
+    mm: ClientMemory
+    fds: CallFiles
 
 
 class CallFiles:

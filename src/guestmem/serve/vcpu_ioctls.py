@@ -12,15 +12,14 @@ from collections.abc import Awaitable, Callable
 
 from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.exits import MemoryFaultExit
-from guestmem.kvm.prefault import pre_fault_memory
+from guestmem.kvm.ioctl import pre_fault
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.serve import vcpu_state
-from guestmem.serve.call import Call
+from guestmem.serve.call import Call, CallFiles, KvmCaller
 from guestmem.serve.cpuid_list import read_cpuid, write_cpuid
 from guestmem.serve.files import VcpuFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
-from guestmem.uapi.structs import PreFaultMemory
 
 _MSRS_HEADER = struct.Struct("<II")
 _MSR = struct.Struct("<IIQ")
@@ -177,13 +176,7 @@ def _set_mp_state(vcpu: Vcpu, data: bytes) -> None:
 
 
 async def _pre_fault(call: Call, argument: int) -> int:
-    """What is left of the range goes back to the caller, whatever became of it."""
-    memory, vcpu = call.client.memory, _file(call).vcpu
-    data = await memory.copy_from_user(argument, PreFaultMemory.SIZE)
-    async with vcpu.mutex:
-        left = await pre_fault_memory(vcpu.kvm, PreFaultMemory.unpack(data))
-    await memory.copy_to_user(argument, struct.pack("<QQ", left.gpa, left.size))
-    return 0
+    return await pre_fault(KvmCaller(call.client.memory, CallFiles(call)), _file(call).vcpu, argument)
 
 
 async def _get_tsc_khz(call: Call, argument: int) -> int:

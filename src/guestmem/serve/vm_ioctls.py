@@ -12,17 +12,15 @@ import time
 
 from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.dirty_log import clear_dirty_log, get_dirty_log
-from guestmem.kvm.gmem import create_guest_memfd
-from guestmem.kvm.set_region import set_user_memory_region2
+from guestmem.kvm.ioctl import VM_IOCTLS
 from guestmem.kvm.vcpu import create_vcpu
 from guestmem.kvm.vm import Kvm
-from guestmem.kvm.vm_attributes import set_memory_attributes
 from guestmem.serve import capabilities, io_devices
-from guestmem.serve.call import Call, CallFiles
+from guestmem.serve.call import Call, CallFiles, KvmCaller
 from guestmem.serve.files import VcpuFile, VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
-from guestmem.uapi.structs import CreateGuestMemfd, MemoryAttributes, UserspaceMemoryRegion, UserspaceMemoryRegion2
+from guestmem.uapi.structs import UserspaceMemoryRegion2
 
 _ENABLE_CAP = struct.Struct("<II4Q64x")
 _CLOCK = struct.Struct("<QIIQQ16x")
@@ -55,37 +53,15 @@ async def _create_vcpu(call: Call, number: int) -> int:
 # Memory
 
 
-async def _set_region2(call: Call, argument: int) -> int:
-    data = await call.client.memory.copy_from_user(argument, UserspaceMemoryRegion2.SIZE)
-    return await _set_region(call, UserspaceMemoryRegion2.unpack(data))
-
-
-async def _set_region1(call: Call, argument: int) -> int:
-    """The older call knows no guest_memfd flag; otherwise it is the newer one with zeros."""
-    data = await call.client.memory.copy_from_user(argument, UserspaceMemoryRegion.SIZE)
-    region = UserspaceMemoryRegion.unpack(data).to_region2()
-    if region.flags & uapi.KVM_MEM_GUEST_MEMFD:
-        raise Refusal(errno.EINVAL, "region.v1_gmem", slot=region.slot, flags=region.flags)
-    return await _set_region(call, region)
-
-
-async def _set_region(call: Call, region: UserspaceMemoryRegion2) -> int:
-    files = CallFiles(call)
-    if region.flags & uapi.KVM_MEM_GUEST_MEMFD and region.memory_size:
-        await files.look_up(region.guest_memfd)
-    await set_user_memory_region2(_kvm(call), files, region)
-    return 0
-
-
-async def _create_guest_memfd(call: Call, argument: int) -> int:
-    data = await call.client.memory.copy_from_user(argument, CreateGuestMemfd.SIZE)
-    return await create_guest_memfd(_kvm(call), CallFiles(call), CreateGuestMemfd.unpack(data))
-
-
-async def _set_memory_attributes(call: Call, argument: int) -> int:
-    data = await call.client.memory.copy_from_user(argument, MemoryAttributes.SIZE)
-    await set_memory_attributes(_kvm(call), MemoryAttributes.unpack(data))
-    return 0
+async def _memory(call: Call, argument: int) -> int:
+    """What `kvm` does as it is. A descriptor in the argument is looked up before, which takes the client."""
+    request, memory, files = call.request.a & 0xFFFF_FFFF, call.client.memory, CallFiles(call)
+    if request == uapi.KVM_SET_USER_MEMORY_REGION2:
+        data = await memory.copy_from_user(argument, UserspaceMemoryRegion2.SIZE)
+        region = UserspaceMemoryRegion2.unpack(data)
+        if region.flags & uapi.KVM_MEM_GUEST_MEMFD and region.memory_size:
+            await files.look_up(region.guest_memfd)
+    return await VM_IOCTLS[request](KvmCaller(memory, files), _kvm(call), argument)
 
 
 async def _get_dirty_log(call: Call, argument: int) -> int:
@@ -232,12 +208,9 @@ _ENABLED_BITS = {
 }
 
 TABLE = {
+    **dict.fromkeys(VM_IOCTLS, _memory),
     uapi.KVM_CHECK_EXTENSION: _check_extension,
     uapi.KVM_CREATE_VCPU: _create_vcpu,
-    uapi.KVM_SET_USER_MEMORY_REGION: _set_region1,
-    uapi.KVM_SET_USER_MEMORY_REGION2: _set_region2,
-    uapi.KVM_CREATE_GUEST_MEMFD: _create_guest_memfd,
-    uapi.KVM_SET_MEMORY_ATTRIBUTES: _set_memory_attributes,
     uapi.KVM_GET_DIRTY_LOG: _get_dirty_log,
     uapi.KVM_CLEAR_DIRTY_LOG: _clear_dirty_log,
     uapi.KVM_ENABLE_CAP: _enable_cap,
