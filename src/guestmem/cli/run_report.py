@@ -54,7 +54,8 @@ def _memory(report: Report) -> Table:
     for column in (
         "inode",
         "size",
-        "allocated", "at most",
+        "allocated",
+        "at most",
         "private",
         "conversions",
         "invalidations",
