@@ -46,8 +46,11 @@ class Range(NamedTuple, Generic[N]):
         return self.start < other.end and other.start < self.end
 
     def intersection(self, other: Range[N]) -> Range[N] | None:
-        start = max(self.start, other.start)
-        end = min(self.end, other.end)
+        start, end = self
+        if start < other.start:  # comparisons: this is in the way of every fault and conversion
+            start = other.start
+        if end > other.end:
+            end = other.end
         return Range(start, end) if start < end else None
 
 
