@@ -68,8 +68,9 @@ def default_engine(memory: GuestMemory) -> Engine:
 class Host:
     """A machine with memory, a kernel and one process, the VMM.
 
-    `memory` is what its pool holds, in bytes; the default is this machine's. `level` is the ABI of its KVM. With
-    `debug`, freed pages are filled with junk. `policy` may be an exploring one.
+    `memory` is what its pool holds, in bytes; the default is this machine's. `level` is the ABI of its KVM.
+    With `debug`, freed pages are filled with junk. `policy` may be an exploring one. `identities` is how many ASIDs or
+    HKIDs its hardware has.
     """
 
     def __init__(
@@ -80,13 +81,14 @@ class Host:
         engine: EngineFactory = default_engine,
         policy: Policy | None = None,
         debug: bool = False,
+        identities: int = 509,
     ) -> None:
         self.scheduler = Scheduler(policy)
         self.tracer = Tracer()
         self.level = level
         pages = (memory or os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE) // PAGE_SIZE
         self.pool = self._new_pool(pages)
-        self.identities = IdentityPool()
+        self.identities = IdentityPool(identities)
         self.userspace = Userspace(self.scheduler, self.tracer, self.pool, self._new_backing)
         self.process = self.userspace.spawn()
         self.inodes: list[Inode] = []

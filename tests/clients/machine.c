@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 
 static const uint8_t store_at_rbx[] = {0x88, 0x0b, 0xe6, 0x10};    /* mov [rbx], cl; out 16, al */
 static const uint8_t store_4_at_rbx[] = {0x89, 0x0b, 0xe6, 0x10};  /* mov [rbx], ecx; out 16, al */
@@ -189,6 +190,24 @@ static void nobody_loses_a_write(void) {
     munmap(memory, PAGES * PAGE);
 }
 
+/* As many open files as a process may have, and more than most are allowed at first. */
+static void many_files(void) {
+    enum { MANY = 3000 };
+    static int fds[MANY];
+    struct rlimit limit;
+
+    CHECK(!getrlimit(RLIMIT_NOFILE, &limit), "errno %d", errno);
+    if (limit.rlim_max < MANY + 100) SKIP_CASE("the hard limit of descriptors is %lu", (unsigned long)limit.rlim_max);
+    limit.rlim_cur = limit.rlim_max;
+    CHECK(!setrlimit(RLIMIT_NOFILE, &limit), "errno %d", errno);
+    for (int i = 0; i < MANY; i++) {
+        fds[i] = ioctl(kvm, KVM_CREATE_VM, 0);
+        CHECK(fds[i] >= 0, "VM %d: errno %d", i, errno);
+        if (i % 2) close(fds[i]); /* of those, half at a time: VMs are dear on a real kernel */
+    }
+    for (int i = 0; i < MANY; i += 2) close(fds[i]);
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
@@ -199,6 +218,7 @@ static const struct {
     {"an eventfd takes a write", an_eventfd_takes_a_write},
     {"writes are coalesced", writes_are_coalesced},
     {"nobody loses a write", nobody_loses_a_write},
+    {"many files", many_files},
 };
 
 int main(void) {

@@ -26,13 +26,18 @@ class IdentityPool:
 
     def __init__(self, count: int = 509) -> None:
         self.live: dict[int, Identity] = {}
-        self._free = list(range(count, 0, -1))
+        self._count = count
+        self._used = 0
+        self._free: list[int] = []
         self._generation = 0
 
     def allocate(self) -> Identity:
         """Raises: Refusal EBUSY `identity.exhausted`, as sev_asid_new() has it."""
         if not self._free:
-            raise Refusal(errno.EBUSY, "identity.exhausted", live=len(self.live))
+            if self._used == self._count:
+                raise Refusal(errno.EBUSY, "identity.exhausted", live=len(self.live))
+            self._used += 1
+            self._free.append(self._used)
         self._generation += 1
         identity = Identity(self._free.pop(), self._generation)
         self.live[identity.number] = identity

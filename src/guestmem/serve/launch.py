@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -37,8 +38,9 @@ class NoShim(Exception):
 
 
 def make_server(level: AbiLevel) -> Server:
-    """A host of its own with a server for it. Page numbers are not scarce: the memory is the machine's own."""
-    return Server(Host(level=level, memory=1 << 52), HANDLERS, Report())
+    """A host of its own with a server for it. Nothing is scarce on it: the memory is the machine's own, and the VM
+    types that there are need no ASID."""
+    return Server(Host(level=level, memory=1 << 52, identities=1 << 31), HANDLERS, Report())
 
 
 def run(server: Server, command: Sequence[str], transport: Transport = Transport.AUTO) -> int:
@@ -59,6 +61,7 @@ def run(server: Server, command: Sequence[str], transport: Transport = Transport
         path = os.path.join(directory, "socket")
         server.listen(path)
         client = _start(command, path, shim)
+        _allow_many_descriptors()
         try:
             return _serve(server, client)
         finally:
@@ -71,6 +74,12 @@ def _start(command: Sequence[str], socket_path: str, shim: Path) -> subprocess.P
     environment["LD_PRELOAD"] = ":".join(preloaded)
     environment[SOCKET_VARIABLE] = socket_path
     return subprocess.Popen(list(command), env=environment)
+
+
+def _allow_many_descriptors() -> None:
+    """Every file of every client has a descriptor here. The clients' own limit, which they inherited, stays."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _serve(server: Server, client: subprocess.Popen[bytes]) -> int:

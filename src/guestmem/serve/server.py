@@ -290,6 +290,8 @@ class Server:
         try:
             await file.release()
             self.report.released(file)
+        except Exception as bug:  # must not take the other clients along
+            self.report.bug("release", bug)
         finally:
             self.releases -= 1
 
