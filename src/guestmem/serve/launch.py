@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import os
-import resource
 import signal
 import subprocess
 import tempfile
@@ -61,7 +60,6 @@ def run(server: Server, command: Sequence[str], transport: Transport = Transport
         path = os.path.join(directory, "socket")
         server.listen(path)
         client = _start(command, path, shim)
-        _allow_many_descriptors()
         try:
             return _serve(server, client)
         finally:
@@ -74,12 +72,6 @@ def _start(command: Sequence[str], socket_path: str, shim: Path) -> subprocess.P
     environment["LD_PRELOAD"] = ":".join(preloaded)
     environment[SOCKET_VARIABLE] = socket_path
     return subprocess.Popen(list(command), env=environment)
-
-
-def _allow_many_descriptors() -> None:
-    """Every file of every client has a descriptor here. The clients' own limit, which they inherited, stays."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _serve(server: Server, client: subprocess.Popen[bytes]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import socket
 from collections.abc import Awaitable, Callable
@@ -78,7 +79,8 @@ class Server:
         self._poll.unregister(fd)
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Serve until `until()` is true, which is asked after every event."""
+        """Serve until `until()` is true, which is asked after every event. Clients are started before this."""
+        _allow_many_descriptors()
         step, poll, ready = self.scheduler.step, self._poll.poll, self._ready
         while not until():
             for fd, _ in poll(0) if step() else self._next_events():
@@ -304,6 +306,12 @@ class Server:
     async def sync(self) -> None:
         """Wait until every release that has been noticed is done."""
         await park(Operation("sync", "releases", lambda: not self.releases))
+
+
+def _allow_many_descriptors() -> None:
+    """Every file of every client has a descriptor here. The clients' own limit, which they inherited, stays."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _never() -> None:
