@@ -190,6 +190,42 @@ static void nobody_loses_a_write(void) {
     munmap(memory, PAGES * PAGE);
 }
 
+/* Mappings of our parent whose name has `name` in it. On a real kernel none has. */
+static int mappings_of_parent(const char *name) {
+    char path[64], line[512];
+    int found = 0;
+
+    snprintf(path, sizeof(path), "/proc/%d/maps", getppid());
+    FILE *maps = fopen(path, "r");
+    if (!maps) return -1;
+    while (fgets(line, sizeof(line), maps)) found += strstr(line, name) != NULL;
+    fclose(maps);
+    return found;
+}
+
+/* Memory that a guest has used and its VMM has unmapped is nobody's, in whatever process stands behind the VM. */
+static void memory_is_given_back(void) {
+    static const uint8_t read_at_rbx[] = {0x8a, 0x03, 0xe6, 0x10}; /* mov al, [rbx]; out 16, al */
+    struct machine m;
+    uint8_t byte = 0;
+
+    STEP(open_with(&m, read_at_rbx, sizeof(read_at_rbx)));
+    int before = mappings_of_parent("guestmem:slot");
+    if (before < 0) SKIP_CASE("the parent's mappings cannot be seen");
+    for (int round = 0; round < 50; round++) {
+        uint8_t *memory = mmap(NULL, 16 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        memory[0] = (uint8_t)round;
+        CHECK(!set_region(m.vm, DATA_SLOT, DATA_GPA, 16 * PAGE, memory, -1), "errno %d", errno);
+        CHECK(run_guest(&m, DATA_GPA, 0, &byte) && byte == round, "round %d: %d", round, byte);
+        if (round % 2) munmap(memory, 16 * PAGE); /* before its slot goes, and after */
+        CHECK(!set_region(m.vm, DATA_SLOT, DATA_GPA, 0, NULL, -1), "errno %d", errno);
+        if (!(round % 2)) munmap(memory, 16 * PAGE);
+    }
+    int after = mappings_of_parent("guestmem:slot");
+    CHECK(after <= before + 1, "%d mappings before, %d after", before, after);
+    close_machine(&m);
+}
+
 /* As many open files as a process may have, and more than most are allowed at first. */
 static void many_files(void) {
     enum { MANY = 3000 };
@@ -218,6 +254,7 @@ static const struct {
     {"an eventfd takes a write", an_eventfd_takes_a_write},
     {"writes are coalesced", writes_are_coalesced},
     {"nobody loses a write", nobody_loses_a_write},
+    {"memory is given back", memory_is_given_back},
     {"many files", many_files},
 };
 

@@ -35,7 +35,6 @@ class Call:
         "client",
         "fds",
         "file",
-        "out",
         "request",
         "server",
     )
@@ -49,7 +48,6 @@ class Call:
         self.request = request
         self.file = file
         self.fds: list[int] = []
-        self.out = b""
         self.a = self.b = self.c = 0
         self._argument_size = 0
         self._written: bytearray | None = None
@@ -119,14 +117,14 @@ class Call:
     # The answer
 
     def answer(self, value: int) -> None:
-        payload = self.out or bytes(self._written or b"")
+        payload = bytes(self._written or b"")
         self.channel.answer(pack_answer(value, 0, payload, self.a, self.b, self.c), self.fds)
 
     def refuse(self, error: int) -> None:
         """An errno. What was written to the argument goes back all the same; descriptors do not."""
         for fd in self.fds:
             os.close(fd)
-        payload = self.out or bytes(self._written or b"")
+        payload = bytes(self._written or b"")
         self.channel.answer(pack_answer(-1, error, payload), [])
 
     def __repr__(self) -> str:

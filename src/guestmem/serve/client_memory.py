@@ -46,17 +46,23 @@ class HostPage(NamedTuple):
     writable: bool
 
 
-class PinnedHostPage(NamedTuple):
-    """A page whose window stays mapped as long as its client lives; nothing to give back."""
+class PinnedHostPage:
+    """A page at our address `hva`, whose window, if it has one, stays mapped until it is put."""
 
-    hva: int
+    def __init__(self, hva: int, window: Window | None) -> None:
+        self.hva = hva
+        self._window = window
+        if window is not None:
+            window.pins += 1
 
     def put(self) -> None:
-        """See the class."""
+        """Give it back; once."""
+        if self._window is not None:
+            self._window.pins -= 1
 
 
 class HostArea:
-    """Bytes `start`..`end` of the client are bytes of `window` here. `owned` is the memfd that we put there."""
+    """Bytes `start`..`end` of the client are bytes of `window` here, from our address `base` on."""
 
     def __init__(self, start: int, end: int, prot: int, window: Window, base: int) -> None:
         self.start = start
@@ -70,10 +76,12 @@ class HostArea:
 
 
 class Window:
-    """`size` bytes of a file, mapped here at `base`. `fd` is kept for a replaced range, to map it again in a child."""
+    """`size` bytes of a file, mapped here at `base`. `fd` is kept for a replaced range, to map it again in a child.
+    `pins` count who needs the mapping even when the client has it no more."""
 
     def __init__(self, fd: int, offset: int, size: int, keep_fd: bool) -> None:
         self.size = size
+        self.pins = 0
         try:
             self.base = map_window(fd, offset, size)
         except OSError:
@@ -124,7 +132,9 @@ class ClientMemory:
 
     async def pin_page(self, hva: int, write: bool) -> PinnedHostPage:
         """See kvm.vm.HostAddressSpace. Raises: Refusal EFAULT `user.page`."""
-        return PinnedHostPage((await self.user_page(hva & -PAGE_SIZE, write)).hva)
+        page = await self.user_page(hva & -PAGE_SIZE, write)
+        area = self.area_at(hva)
+        return PinnedHostPage(page.hva, area.window if isinstance(area, HostArea) else None)
 
     # HostAddressSpace: arguments of calls
 
@@ -173,10 +183,11 @@ class ClientMemory:
             await kvm.invalidate_range_start(start, end)
             await kvm.invalidate_range_end(start, end)
 
-    async def unmap(self, start: int, end: int) -> list[Area]:
-        """The range is about to be unmapped or replaced; the areas, or parts of areas, that were in it."""
+    async def unmap(self, start: int, end: int) -> None:
+        """The range is about to be unmapped or replaced: KVM and we forget what was there."""
         await self.tell_kvm(start, end)
-        return self._take(start, end)
+        self._take(start, end)
+        self._close_unused_windows()
 
     async def protect(self, start: int, end: int, prot: int) -> None:
         """mprotect(2) of the range."""
@@ -184,10 +195,6 @@ class ClientMemory:
         for area in self._take(start, end):
             area.prot = prot
             self._attach(area)
-
-    def put_back(self, area: Area) -> None:
-        """An area that `unmap` gave, at a place of its own."""
-        self._attach(area)
 
     def _take(self, start: int, end: int) -> list[Area]:
         taken = []
@@ -227,13 +234,19 @@ class ClientMemory:
             if isinstance(area, GmemArea):
                 area.mappings.detach(area)
         self.areas.clear()
-        # Windows stay until no vCPU can have them cached: see `close_windows`.
+        self.close_if_nobody_runs()
 
-    def close_windows(self) -> None:
-        """No engine addresses this client's memory any more."""
-        for window in self._windows:
+    def close_if_nobody_runs(self) -> None:
+        """Give back the memory of a client that has ended, once no VM of it is left whose vCPUs may have it cached."""
+        if not self.client.alive and not self.notifiers:
+            self._close_unused_windows()
+
+    def _close_unused_windows(self) -> None:
+        """Unmap the windows that no area shows. KVM has dropped what it had mapped of them, and flushed its vCPUs."""
+        shown = {id(area.window) for area in self.areas if isinstance(area, HostArea)}
+        for window in [w for w in self._windows if not w.pins and id(w) not in shown]:
+            self._windows.remove(window)
             window.close()
-        self._windows.clear()
 
     def replaced(self) -> list[HostArea]:
         """The areas where we put a memfd of our own in the place of private memory."""

@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from guestmem.memory import PAGE_SIZE, Access, FolioReference, read_host
+from guestmem.serve.client_memory import PinnedHostPage
 from guestmem.serve.files import ServedFile
 from guestmem.serve.gmem_mappings import PROT_WRITE, GmemArea
 from guestmem.serve.wire import FileKind
@@ -34,15 +35,14 @@ class GupTest(ServedFile):
 
     def __init__(self, owner: Client) -> None:
         super().__init__(owner)
-        self.pinned: list[tuple[int, FolioReference | None]] = []  # server address, and what holds it there
+        self.pinned: list[FolioReference | PinnedHostPage] = []
 
     async def release(self) -> None:
         self.unpin()
 
     def unpin(self) -> None:
-        for _, reference in self.pinned:
-            if reference is not None:
-                reference.put()
+        for page in self.pinned:
+            page.put()
         self.pinned.clear()
 
     async def ioctl(self, call: Call, request: int, argument: int) -> int:
@@ -68,11 +68,11 @@ class GupTest(ServedFile):
             raise
         return 0
 
-    async def _pin(self, client: Client, hva: int, write: bool) -> tuple[int, FolioReference | None]:
+    async def _pin(self, client: Client, hva: int, write: bool) -> FolioReference | PinnedHostPage:
         """The look at the page and the reference, under the lock that conversions take exclusively (known bug B24)."""
         area = client.memory.area_at(hva)
         if not isinstance(area, GmemArea):
-            return (await client.memory.user_page(hva, write)).hva, None
+            return await client.memory.pin_page(hva, write)
         if write and not area.prot & PROT_WRITE:
             raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write)
         inode, index = area.inode, area.index_of(hva)
@@ -81,14 +81,12 @@ class GupTest(ServedFile):
                 await inode.fault(area.mappings.registration, index, Access.SHARED)
             except Refusal as refusal:
                 raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write) from refusal
-            reference = inode.folios.get(index)
-        return reference.hva, reference
+            return inode.folios.get(index)
 
     async def _read(self, call: Call, argument: int) -> int:
         target = int.from_bytes(await call.client.memory.copy_from_user(argument, 8), "little")
         if not self.pinned:
             raise Refusal(errno.EINVAL, "gup_test.argument", pinned=0)
-        for number, (hva, reference) in enumerate(self.pinned):
-            page = read_host(reference.hva if reference is not None else hva, PAGE_SIZE)
-            await call.client.memory.copy_to_user(target + number * PAGE_SIZE, page)
+        for number, page in enumerate(self.pinned):
+            await call.client.memory.copy_to_user(target + number * PAGE_SIZE, read_host(page.hva, PAGE_SIZE))
         return 0

@@ -106,9 +106,7 @@ class Server:
         self.scheduler.close()
         for file in list(self.files.by_inode.values()):
             self.files.remove(file)
-            self.scheduler.run(file.release(), "release")
-        for client in self.clients.values():
-            client.memory.close_windows()
+            self.scheduler.run(self._run_release(file), "release")
         if self._listener is not None:
             self._listener.close()
         self._poll.close()
@@ -213,7 +211,12 @@ class Server:
         file = self.files.by_inode.get(request.file)
         if type(file) is not VcpuFile or file.owner is not channel.client:
             return False
-        payload = at_once(file, request.b)
+        try:
+            payload = at_once(file, request.b)
+        except Exception as bug:  # must not take the other clients along
+            self.report.bug("vCPU", bug)
+            channel.answer(pack_answer(-1, errno.EIO), [])
+            return True
         if payload is None:
             return False
         self.report.count(request)
@@ -292,6 +295,8 @@ class Server:
         try:
             await file.release()
             self.report.released(file)
+            if file.owner is not None:
+                file.owner.memory.close_if_nobody_runs()
         except Exception as bug:  # must not take the other clients along
             self.report.bug("release", bug)
         finally:
