@@ -9,7 +9,6 @@ NOT_COVERED = {
     "B16": "populate writes to no source: SNP's CPUID page",
     "B17": "no dirty state is kept: SNP's CPUID page",
     "B22": "no per-CPU LRU batches hold references",
-    "B27": "no leaf is ever made more permissive: a fault maps with all that its page allows",
     "B33": "no direct map",
     "B36": "no count of safe references: references are looked at under the exclusive lock",
     "B40": "no call sets an identity: linking and migration",

@@ -21,6 +21,7 @@ from guestmem.cpu.scripted import Load, ScriptedEngine, Store
 from guestmem.host import Gmem, Host, Vm
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
+from guestmem.kvm.dirty_log import get_dirty_log
 from guestmem.kvm.exits import Exit, HltExit, MemoryFaultExit
 from guestmem.kvm.gmem import set_memory_attributes2
 from guestmem.kvm.identity import VirtualMachine
@@ -65,6 +66,7 @@ class Machine(Host):
         assert isinstance(self.pool, GhostPool)
         self.ghost = Ghost(self, self.pool)
         self.failures_left = failures
+        self.logged = 0  # frames that a dirty log has named, a bit each
         self._unstarted: list[Call] = []
         self.actors: list[tuple[str, tuple[Call, ...]]] = []
         self.answers: dict[str, tuple[str, ...]] = {}
@@ -214,6 +216,16 @@ class Machine(Host):
         """KVM_SET_USER_MEMORY_REGION2, any."""
         return self._atomic(set_user_memory_region2((vm or self.vm()).kvm, self.process.fds, region))
 
+    def dirty_log(self, slot: int = 0) -> Call:
+        """KVM_GET_DIRTY_LOG. Answers what it and all before it have named, as a VMM collects it that migrates."""
+
+        async def log() -> str:
+            bitmap = await get_dirty_log(self.vm().kvm, slot)
+            self.logged |= int.from_bytes(bitmap, "little")  # not in one line, which would read it before the wait
+            return f"dirty {self.logged:#x}"
+
+        return log()
+
     def pre_fault(self, gpa: int = 0, pages: int = 1, vm: Vm | None = None) -> Call:
         """KVM_PRE_FAULT_MEMORY. Answers how many pages are left."""
 
@@ -267,6 +279,7 @@ class Machine(Host):
             self.tasks,
             self.answers,
             self.failures_left,
+            self.logged,
             self.ghost,
             self.pool,
         )
