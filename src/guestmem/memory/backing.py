@@ -25,7 +25,7 @@ WINDOW_SHIFT = 40
 JUNK = 0xFA
 
 _PROT_READ_WRITE = 3
-_MAP_SHARED_NORESERVE = 0x01 | 0x4000
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
@@ -33,6 +33,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 
@@ -59,6 +60,10 @@ class Backing(Protocol):
         """Make the pages read as zero. Cheap where they already do."""
         ...
 
+    def clear(self, pages: PageRange) -> None:
+        """Make the pages read as zero, whatever was written to them. They stay in the file."""
+        ...
+
     def existing(self, pages: PageRange) -> Iterator[PageRange]:
         """The stretches of `pages` that have host memory now."""
         ...
@@ -67,7 +72,9 @@ class Backing(Protocol):
 
 
 class MemfdBacking:
-    """A memfd of `pages` pages. `name` shows in /proc/PID/fd."""
+    """A memfd of `pages` pages. `name` shows in /proc/PID/fd. `kind` says what the memory is."""
+
+    kind = "memfd"
 
     def __init__(self, pages: int, name: str, junk: bool = False) -> None:
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
@@ -115,6 +122,10 @@ class MemfdBacking:
             ctypes.memset(self.hva(part.start), 0, part.pages << PAGE_SHIFT)
         self._dirty.remove_range(pages.start, pages.end)
 
+    def clear(self, pages: PageRange) -> None:
+        fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, pages)
+        self._dirty.remove_range(pages.start, pages.end)
+
     def existing(self, pages: PageRange) -> Iterator[PageRange]:
         position, end = pages.start << PAGE_SHIFT, pages.end << PAGE_SHIFT
         while position < end:
@@ -149,9 +160,27 @@ class MemfdBacking:
         return [Range(PageIndex(a), PageIndex(b)) for a, b in itertools.pairwise(cuts)]
 
 
-def map_window(fd: int, offset: int, size: int) -> int:
-    """Map a stretch of a file into the server, readable and writable; its address. Bytes. Raises: OSError."""
-    base = _libc.mmap(None, size, _PROT_READ_WRITE, _MAP_SHARED_NORESERVE, fd, offset)
+def map_window(fd: int, offset: int, size: int, *, reserve: bool = False, align: int = 0) -> int:
+    """Map a stretch of a file into the server, readable and writable; its address, a multiple of `align` if given.
+    Bytes. With `reserve` the host sets memory aside for it, which means something for hugetlb only. Raises: OSError."""
+    flags = _MAP_SHARED if reserve else _MAP_SHARED | _MAP_NORESERVE
+    if not align:
+        return _mmap(0, size, _PROT_READ_WRITE, flags, fd, offset)
+    room = _mmap(0, size + align, 0, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+    base = -(-room // align) * align
+    try:
+        _mmap(base, size, _PROT_READ_WRITE, flags | _MAP_FIXED, fd, offset)
+    except OSError:
+        unmap_window(room, size + align)
+        raise
+    for start, end in ((room, base), (base + size, room + size + align)):
+        if start < end:
+            unmap_window(start, end - start)
+    return base
+
+
+def _mmap(address: int, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    base = _libc.mmap(address, size, protection, flags, fd, offset)
     if base is None or base == ctypes.c_void_p(-1).value:
         error = ctypes.get_errno()
         raise OSError(error, f"mmap of {size:#x} bytes: {os.strerror(error)}")
@@ -160,6 +189,13 @@ def map_window(fd: int, offset: int, size: int) -> int:
 
 def unmap_window(base: int, size: int) -> None:
     _libc.munmap(base, size)
+
+
+def advise(hva: int, size: int, advice: int) -> None:
+    """madvise(2) of the server's own memory. Bytes. Raises: OSError."""
+    if _libc.madvise(hva, size, advice):
+        error = ctypes.get_errno()
+        raise OSError(error, f"madvise {advice} of {size:#x} bytes: {os.strerror(error)}")
 
 
 def read_host(hva: int, size: int) -> bytes:
