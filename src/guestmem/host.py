@@ -16,7 +16,7 @@ never sees `await`. What a call refuses it raises as `Refusal`, which names the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -33,18 +33,22 @@ from guestmem.kvm.vcpu import Vcpu, create_vcpu
 from guestmem.kvm.vm import Kvm, KvmEnvironment
 from guestmem.kvm.vm_attributes import set_memory_attributes
 from guestmem.memory import (
+    PAGE_SHIFT,
     PAGE_SIZE,
     Abilities,
     Access,
     Backing,
     File,
+    HugePolicy,
+    Hugetlb,
     Inode,
     InodeStatistics,
     MemfdBacking,
     Owner,
     Pool,
 )
-from guestmem.memory.pages import page_range
+from guestmem.memory.huge_backing import new_huge_backing
+from guestmem.memory.pages import ORDERS, page_range
 from guestmem.sched import Policy, Scheduler, Task
 from guestmem.trace import Tracer
 from guestmem.uapi import kvm as uapi
@@ -70,8 +74,15 @@ class Host:
 
     `memory` is what its pool holds, in bytes; the default is this machine's. `level` is the ABI of its KVM.
     With `debug`, freed pages are filled with junk. `policy` may be an exploring one. `identities` is how many ASIDs or
-    HKIDs its hardware has.
+    HKIDs its hardware has. `hugepages` has how many huge pages of an order are set aside, or how many on each node:
+    {ORDER_2M: 512, ORDER_1G: [2, 2]}; what their files do where the postings differ is `huge_policy`.
+    With `clients` mappable files are mapped by other processes, so their memory is never hugetlb's.
+
+    Raises: Refusal ENOMEM `pool.empty`, if the huge pages are more than the memory.
     """
+
+    orders: tuple[int, ...] = ORDERS
+    """Orders that folios can have, largest first, 0 last."""
 
     def __init__(
         self,
@@ -82,19 +93,27 @@ class Host:
         policy: Policy | None = None,
         debug: bool = False,
         identities: int = 509,
+        hugepages: Mapping[int, int | Sequence[int]] | None = None,
+        huge_policy: HugePolicy = HugePolicy(),  # noqa: B008 (immutable)
+        clients: bool = False,
     ) -> None:
         self.scheduler = Scheduler(policy)
         self.tracer = Tracer()
         self.level = level
         pages = (memory or os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE) // PAGE_SIZE
         self.pool = self._new_pool(pages)
+        self.hugetlb = Hugetlb(self.pool, hugepages or {})
+        self.huge_policy = huge_policy
         self.identities = IdentityPool(identities)
         self.userspace = Userspace(self.scheduler, self.tracer, self.pool, self._new_backing)
         self.process = self.userspace.spawn()
         self.inodes: list[Inode] = []
         self.vms: list[Kvm] = []
         self._debug = debug
-        self.environment = KvmEnvironment(self.scheduler, self.tracer, self.identities, self.new_inode, engine)
+        self._clients = clients
+        self.environment = KvmEnvironment(
+            self.scheduler, self.tracer, self.identities, self.new_inode, engine, self.orders[:-1]
+        )
 
     def __enter__(self) -> Host:
         return self
@@ -122,19 +141,29 @@ class Host:
         return Vm(self, kvm, fd)
 
     def new_inode(self, *, size: int, abilities: Abilities, owner: Owner | None = None, order: int = 0) -> Inode:
-        """An inode without a KVM: what the provider can do by itself (R13). Bytes."""
+        """An inode without a KVM: what the provider can do by itself (R13). Bytes; `order` is that of its huge pages.
+
+        Raises: Refusal ENOMEM `create.reservation`, `create.cgroup`.
+        """
         number = len(self.inodes) + 1
-        backing = self._new_backing(size // PAGE_SIZE, f"guest_memfd:{number}")
+        source = self.hugetlb.subpool(order, size // PAGE_SIZE >> order) if order else self.pool
+        mappable = abilities.mmap and self._clients
+        try:
+            backing = self._new_backing(size // PAGE_SIZE, f"guest_memfd:{number}", order, mappable)
+        except OSError:
+            source.close()
+            raise
         inode = Inode(
             self.scheduler,
             self.tracer,
-            self.pool,
+            source,
             backing,
             number=number,
             size=size,
             abilities=abilities,
             owner=owner,
-            order=order,
+            orders=tuple(smaller for smaller in self.orders if smaller <= order),
+            policy=self.huge_policy,
         )
         self.inodes.append(inode)
         return inode
@@ -171,6 +200,7 @@ class Host:
     def check(self) -> None:
         """Every room's own invariants, at a quiet moment."""
         self.pool.check()
+        self.hugetlb.check()
         for inode in self.inodes:
             inode.check()
         for kvm in self.vms:
@@ -180,7 +210,9 @@ class Host:
     def _new_pool(self, pages: int) -> Pool:
         return Pool(pages)
 
-    def _new_backing(self, pages: int, name: str) -> Backing:
+    def _new_backing(self, pages: int, name: str, order: int = 0, mappable: bool = False) -> Backing:
+        if order:
+            return new_huge_backing(pages, name, order, mappable=mappable, junk=self._debug)
         return MemfdBacking(pages, name, junk=self._debug)
 
     def _enter(self, vcpu: VcpuHandle) -> Task[Exit]:
@@ -202,9 +234,11 @@ class Vm:
         self.kvm = kvm
         self.fd = fd
 
-    def create_guest_memfd(self, size: int, *, mmap: bool = False, init_shared: bool = False) -> Gmem:
-        """KVM_CREATE_GUEST_MEMFD. Bytes. Raises: Refusal `create.*`, `fd.limit`."""
+    def create_guest_memfd(self, size: int, *, mmap: bool = False, init_shared: bool = False, order: int = 0) -> Gmem:
+        """KVM_CREATE_GUEST_MEMFD. Bytes; with `order`, of huge pages. Raises: Refusal `create.*`, `fd.limit`."""
         flags = mmap * uapi.GUEST_MEMFD_FLAG_MMAP | init_shared * uapi.GUEST_MEMFD_FLAG_INIT_SHARED
+        if order:
+            flags |= uapi.GUEST_MEMFD_FLAG_HUGETLB | (order + PAGE_SHIFT) << uapi.GUEST_MEMFD_HUGETLB_SHIFT
         process = self.host.process
         fd = self.host.run(create_guest_memfd(self.kvm, process.fds, CreateGuestMemfd(size, flags)), "create")
         file = process.fds.get(fd)
@@ -293,7 +327,7 @@ class Gmem:
         self.host.run(set_memory_attributes2(self.file, MemoryAttributes2(offset, size, _bits(to))), "convert")
 
     def allocate(self, offset: int, size: int) -> None:
-        """fallocate(KEEP_SIZE). Bytes. Raises: Refusal `fallocate.*`, `pool.empty`."""
+        """fallocate(KEEP_SIZE). Bytes. Raises: Refusal `fallocate.*`, `pool.*`, `split.vmemmap`."""
         self.host.run(self.inode.fallocate(1, offset, size), "fallocate")
 
     def punch_hole(self, offset: int, size: int) -> None:

@@ -35,11 +35,11 @@ def test_a_second_zeroing_and_stale_bytes_are_s12(machine: Machine) -> None:
     view = machine.gmem(pages=2).mmap()
     view.read(0, 1)
     with pytest.raises(Violation, match="zeroed a second time"):
-        machine.tracer.emit(event.GmemFolioZero(1, 0, 0))
+        machine.tracer.emit(event.GmemFolioZero(1, 0, 1))
     view[PAGE_SIZE] = 7
     machine.tracer.emit(event.GmemFolioFree(1, 1, 2, 0))
     with pytest.raises(Violation, match=r"S12 .*stale bytes"):
-        machine.tracer.emit(event.GmemFolioZero(1, 1, 0))
+        machine.tracer.emit(event.GmemFolioZero(1, 1, 2))
 
 
 def test_a_leaf_from_an_earlier_life_of_its_page_is_s3(machine: Machine) -> None:

@@ -203,7 +203,7 @@ def test_statements_are_ours_and_numbers_the_specifications() -> None:
 def test_zeroing_twice_is_noticed() -> None:
     bench = Bench()
     ghost_sees = ZeroGhost(bench.host.tracer)
-    zero = event.GmemFolioZero(1, 5, 0)
+    zero = event.GmemFolioZero(1, 5, 6)
     bench.host.tracer.emit(zero)
     with pytest.raises(Violation, match=r"S12 .* a second time"):
         bench.host.tracer.emit(zero)

@@ -3,20 +3,19 @@
 from guestmem.check.mutants import mutant
 from guestmem.memory import Access, Inode, Invalidation, PageRange
 from guestmem.memory.attributes import other
-from guestmem.memory.guest_memfd import _CONVERSION
-from guestmem.trace.events import GmemConvert
+from guestmem.memory.convert import REASON, check_all_unmapped, check_no_references, store
+from guestmem.memory.restructure import PreparedSplit
 
 
-@mutant("B24", replaces="guestmem.memory.guest_memfd:Inode.convert", breaks={"S1"})
-async def references_before_unmap(self: Inode, pages: PageRange, to: Access) -> None:
+@mutant("B24", replaces="guestmem.memory.convert:convert_range", breaks={"S1"})
+async def references_before_unmap(inode: Inode, pages: PageRange, to: Access) -> None:
     """A pin can still be taken through the entry that is there."""
-    async with self.invalidate_lock.exclusive:
-        if self.attributes.is_all(pages, to):
+    async with inode.invalidate_lock.exclusive:
+        if inode.attributes.is_all(pages, to):
             return
         if to is Access.PRIVATE:
-            self._check_no_references(pages)
-        async with self.users.tell(Invalidation(pages, _CONVERSION[to], (other(to),))) as telling:
+            check_no_references(inode, pages)
+        async with inode.users.tell(Invalidation(pages, REASON[to], (other(to),))) as telling:
             await telling.begin()
-            self._check_all_unmapped(pages)
-            self.attributes.set(pages, to)
-            self._tracer.emit(GmemConvert(self.number, pages.start, pages.end, to.value))
+            check_all_unmapped(inode, pages)
+            store(inode, pages, to, PreparedSplit(inode.folios, [], 0))

@@ -4,6 +4,6 @@ from guestmem.check.mutants import mutant
 from guestmem.memory import Inode, PageRange
 
 
-@mutant("B53", replaces="guestmem.memory.guest_memfd:Inode._check_all_unmapped", breaks={"S15", "S19"})
-def bad_page_converted(self: Inode, pages: PageRange) -> None:
+@mutant("B53", replaces="guestmem.memory.convert:check_all_unmapped", breaks={"S15", "S19"})
+def bad_page_converted(inode: Inode, pages: PageRange) -> None:
     """No check between the zap and the store."""

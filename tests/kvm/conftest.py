@@ -12,8 +12,11 @@ from guestmem.cpu.engine import GuestMemory
 from guestmem.cpu.scripted import Load, ScriptedEngine, Store
 from guestmem.host import Gmem, Host, VcpuHandle, Vm
 from guestmem.kvm.exits import Exit
+from guestmem.kvm.ioctl import ioctl
 from guestmem.memory import PAGE_SIZE
+from guestmem.memory.pages import ORDERS
 from guestmem.sched import Policy
+from guestmem.trace import Refusal, errno_name
 from guestmem.trace.events import Event
 from guestmem.uapi.kvm import VmType
 from guestmem.uapi.levels import FUTURE, AbiLevel
@@ -31,8 +34,13 @@ class Bench:
         level: AbiLevel = FUTURE,
         policy: Policy | None = None,
         pages: int = 256,
+        hugepages: dict[int, int] | None = None,
+        orders: tuple[int, ...] = ORDERS,
     ) -> None:
-        self.host = Host(memory=pages * K, level=level, engine=self._new_engine, policy=policy, debug=True)
+        kind = type("SmallHost", (Host,), {"orders": orders})
+        self.host: Host = kind(
+            memory=pages * K, level=level, engine=self._new_engine, policy=policy, debug=True, hugepages=hugepages
+        )
         self.events: list[Event] = []
         self.host.tracer.listen(self.events.append)
         ZeroGhost(self.host.tracer)
@@ -70,9 +78,23 @@ class Bench:
         assert not self.host.identities.live, "L3: identities left"
         assert all(vm.destroyed for vm in self.host.vms), "L3: VMs left"
         assert all(inode.destroyed for inode in self.host.inodes), "L3: inodes left"
+        for pool in self.host.hugetlb.statistics().values():
+            assert (pool.free, pool.reserved, pool.charged) == (pool.total, 0, 0), "L3: huge pages left"
 
     def _new_engine(self, memory: GuestMemory) -> ScriptedEngine:
         return ScriptedEngine(memory, self._script)
+
+
+def ask(host: Host, fd: int, request: int, data: bytes | None) -> tuple[str, bytes]:
+    """The ioctl's answer ("0", an fd, or an errno name), and its argument afterwards."""
+    scratch = host.anonymous(K)
+    if data is not None:
+        scratch.write(0, data)
+    try:
+        answer = str(host.run(ioctl(host.process, fd, request, scratch.hva if data is not None else 0)))
+    except Refusal as refusal:
+        answer = errno_name(refusal.errno)
+    return answer, scratch.read(0, len(data or b""))
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import errno
 import pytest
 
 from guestmem.cpu.scripted import Load, Store
+from guestmem.host import Gmem
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.exits import HltExit, MemoryFaultExit
-from guestmem.memory import PAGE_SIZE, Abilities, Access, PageIndex
-from guestmem.memory.pages import Range
+from guestmem.memory import PAGE_SIZE, Access, PageIndex
 from guestmem.trace import EHWPOISON
 from guestmem.trace import events as event
 from guestmem.uapi.kvm import VmType
@@ -18,7 +18,8 @@ from guestmem.uapi.levels import LEVELS
 from tests.kvm.conftest import Bench
 
 K = PAGE_SIZE
-M2 = 2 << 20
+SMALL = 8 * K
+LARGE = 64 * K
 
 
 def test_guest_and_host_share_bytes_both_ways(bench: Bench) -> None:
@@ -176,52 +177,75 @@ def test_faults_are_told_by_their_kernel_name(bench: Bench) -> None:
 # Huge leaves: the order of the folio, the fit of slot and file, one access throughout
 
 
-def huge(bench: Bench, gpa: int, pages: int = 1024) -> object:
-    """A file of 2 MiB folios bound at `gpa`; made below the ioctl, which offers no huge flag yet."""
-    from guestmem.kvm.context import KvmGmemContext
-    from guestmem.memory import File
-    from guestmem.sched import LockClass
-
-    kvm = bench.vm.kvm
-    inode = bench.host.new_inode(size=pages * K, abilities=Abilities(True, True, True), owner=kvm.machine, order=9)
-    context = KvmGmemContext(kvm, inode)
-    context.file = File(
-        bench.host.scheduler,
-        inode,
-        release=lambda _: context.release(),
-        release_takes=LockClass.SLOTS_LOCK,
-        private_data=context,
-    )
-    fds = bench.host.process.fds
-    fd = fds.reserve()
-    fds.install(fd, context.file)
-    from guestmem.host import Gmem
-
-    gmem = Gmem(bench.host, context.file, fd)
-    bench.vm.set_memory_region(0, gpa, pages * K, gmem=gmem)
+def huge(bench: Bench, gpa: int, size: int, order: int) -> Gmem:
+    """A file of huge pages, bound at `gpa`."""
+    gmem = bench.vm.create_guest_memfd(size, mmap=True, order=order)
+    bench.vm.set_memory_region(0, gpa, size, gmem=gmem)
     return gmem
 
 
-@pytest.mark.parametrize(("gpa", "order"), [(4 * M2, 9), (4 * M2 + K, 0)])
-def test_leaf_size_follows_the_fit_of_frame_and_file_page(gpa: int, order: int) -> None:
-    bench = Bench(pages=4096)
-    huge(bench, gpa)
-    bench.guest(Store(gpa + 700 * K, 1))
-    ((number, got, leaf),) = bench.vm.kvm.stage2.tables[Access.SHARED].leaves()
-    assert got == order
-    assert number == leaf.gfn
-    assert bench.vm.kvm.stage2.lookup(Gfn((gpa + 700 * K) // K)) is leaf
+def huge_bench() -> Bench:
+    """Huge pages of 64 and 8 pages stand for 1G and 2M, since every property is checked at every step."""
+    return Bench(pages=512, hugepages={6: 4, 3: 8}, orders=(6, 3, 0))
+
+
+def leaves(bench: Bench) -> list[tuple[str, int, int]]:
+    """(access, first frame, order) of each leaf."""
+    tables = bench.vm.kvm.stage2.tables
+    return sorted((access.value, number, order) for access in Access for number, order, _ in tables[access].leaves())
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size", "order", "leaf"),
+    [
+        (4 * SMALL, 2 * SMALL, 3, 3),
+        (4 * SMALL + K, 2 * SMALL, 3, 0),
+        (LARGE, LARGE, 6, 6),
+        (LARGE + SMALL, LARGE, 6, 3),
+        (LARGE + K, LARGE, 6, 0),
+    ],
+)
+def test_leaf_size_follows_the_fit_of_frame_and_file_page(gpa: int, size: int, order: int, leaf: int) -> None:
+    bench = huge_bench()
+    huge(bench, gpa, size, order)
+    bench.guest(Store(gpa + 12 * K, 1))
+    ((access, number, got),) = leaves(bench)
+    assert (access, got) == ("private", leaf)
+    assert number == (gpa // K + 12) >> leaf << leaf
+    assert bench.vm.kvm.stage2.lookup(Gfn(gpa // K + 12)) is not None
     bench.close()
 
 
-def test_a_huge_leaf_serves_its_whole_block_and_goes_whole() -> None:
-    bench = Bench(pages=4096)
-    gmem = huge(bench, 0)
+def test_one_shared_page_leaves_its_neighbours_as_large_as_they_can_be() -> None:
+    """S13: that page is 4K, the rest of its 2M too, the rest of the 1G 2M; and back."""
+    bench = huge_bench()
+    gmem = huge(bench, 0, LARGE, 6)
+    assert bench.guest(Store(0, 1), Store(12 * K, 2), Store(5 * SMALL, 3)) == (HltExit(), [])
+    assert leaves(bench) == [("private", 0, 6)]
+    gmem.convert(12 * K, K, Access.SHARED)
+    assert leaves(bench) == [], "the leaf that spanned it went whole"
+    touched = (Load(0), Load(12 * K), Load(13 * K), Load(5 * SMALL))
+    assert bench.guest(*touched) == (HltExit(), [1, 2, 0, 3])
+    assert leaves(bench) == [("private", 0, 3), ("private", 13, 0), ("private", 40, 3), ("shared", 12, 0)]
+    gmem.convert(12 * K, K, Access.PRIVATE)
+    assert ("shared", 12, 0) not in leaves(bench)
+    assert bench.guest(Load(12 * K)) == (HltExit(), [2])
+    assert leaves(bench) == [("private", 0, 6)], "merged: a leaf over all of it took the place of the smaller ones"
+    bench.close()
+
+
+def test_a_shared_huge_page_is_mapped_by_small_leaves() -> None:
+    bench = huge_bench()
+    gmem = huge(bench, 0, 2 * SMALL, 3)
+    gmem.convert(0, SMALL, Access.SHARED)
+    assert bench.guest(Store(0, 1), Load(0), Load(SMALL)) == (HltExit(), [1, 0])
+    assert leaves(bench) == [("private", 8, 3), ("shared", 0, 0)]
+    bench.close()
+
+
+def test_a_leaf_of_2_mib_serves_its_whole_block() -> None:
+    bench = Bench(pages=4096, hugepages={9: 2})
+    huge(bench, 0, 4 << 20, 9)
     assert bench.guest(Store(0, 1), Store(511 * K, 2), Load(0), Load(511 * K)) == (HltExit(), [1, 2])
-    assert len(bench.vm.kvm.stage2.tables[Access.SHARED]) == 1
-    gmem.convert(0, M2, Access.PRIVATE)  # type: ignore[attr-defined]
-    assert bench.guest(Load(511 * K), Load(600 * K)) == (HltExit(), [2, 0])
-    assert len(bench.vm.kvm.stage2.tables[Access.PRIVATE]) == 1
-    assert gmem.inode.mapping_order(PageIndex(3)) == 9  # type: ignore[attr-defined]
-    assert gmem.inode.attributes.is_uniform(Range(PageIndex(0), PageIndex(512)))  # type: ignore[attr-defined]
+    assert leaves(bench) == [("private", 0, 9)]
     bench.close()

@@ -20,7 +20,7 @@ from guestmem.kvm.memslots import SlotTable
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.stage2 import Stage2
-from guestmem.memory import PAGE_SIZE, Access, Inode, Invalidation, PageIndex, Window
+from guestmem.memory import PAGE_SIZE, Access, Inode, Invalidation, PageIndex, Window, convert
 from guestmem.memory.notifier import Telling
 from guestmem.sched import Policy, fingerprint
 from guestmem.trace import Refusal
@@ -355,20 +355,20 @@ def test_b19_filter_from_the_creation_flag(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_b24_looking_for_references_before_unmapping(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Telling.begin
-    look = Inode._check_no_references
+    look = convert.check_no_references
 
     async def begin(self: Telling, through_references: bool = False) -> None:
         if not through_references:
             await whole(self)
 
-    async def convert(self: Inode, pages: Any, to: Access) -> None:
+    async def look_then_convert(self: Inode, pages: Any, to: Access) -> None:
         look(self, pages)
-        await self._scheduler.preempt("looked, not unmapped yet")
+        await self.scheduler.preempt("looked, not unmapped yet")
         await real_convert(self, pages, to)
 
     real_convert = Inode.convert
-    monkeypatch.setattr(Inode, "_check_no_references", lambda self, pages: None)
-    monkeypatch.setattr(Inode, "convert", convert)
+    monkeypatch.setattr(convert, "check_no_references", lambda inode, pages: None)
+    monkeypatch.setattr(Inode, "convert", look_then_convert)
     monkeypatch.setattr(Telling, "begin", begin)
     assert breaks(conversion_against_pin) == "S1"
 

@@ -12,6 +12,8 @@ from guestmem.memory import (
     PAGE_SIZE,
     Abilities,
     Access,
+    HugePolicy,
+    Hugetlb,
     Inode,
     Invalidation,
     MemfdBacking,
@@ -57,22 +59,29 @@ class Provider:
         capacity: int = 64,
         order: int = 0,
         policy: Policy | None = None,
+        hugepages: int | list[int] | None = None,
+        orders: tuple[int, ...] = (18, 9, 0),
+        huge_policy: HugePolicy | None = None,
     ) -> None:
         self.scheduler = Scheduler(policy)
         self.tracer = Tracer()
         self.events: list[Event] = []
         self.tracer.listen(self.events.append)
         self.pool = Pool(capacity)
+        huge_pages = hugepages if hugepages is not None else pages >> order
+        self.hugetlb = Hugetlb(self.pool, {order: huge_pages} if order else {})
+        source = self.hugetlb.subpool(order, pages >> order) if order else self.pool
         self.backing = MemfdBacking(pages, "test", junk=True)
         self.inode = Inode(
             self.scheduler,
             self.tracer,
-            self.pool,
+            source,
             self.backing,
             number=1,
             size=pages * PAGE_SIZE,
             abilities=Abilities(mmap=True, init_shared=init_shared, convertible=True),
-            order=order,
+            orders=tuple(smaller for smaller in orders if smaller <= order),
+            policy=huge_policy or HugePolicy(),
         )
 
     def run(self, coroutine: Coroutine[Any, None, T], name: str = "test") -> T:

@@ -304,7 +304,7 @@ def test_an_exhausted_pool_is_enomem_for_allocation_and_fault() -> None:
     provider.close()
 
 
-# Poison and orders
+# Poison and size
 
 
 def test_poison_is_refused_until_punched_and_never_given_out_again(provider: Provider) -> None:
@@ -321,34 +321,6 @@ def test_poison_is_refused_until_punched_and_never_given_out_again(provider: Pro
     fresh = provider.run(provider.fault(registration, 1, Access.PRIVATE))
     assert fresh.pfn != page.pfn
     assert provider.pool.statistics().retired == 1
-
-
-def test_order_is_a_parameter_from_the_first_day() -> None:
-    """Folios of 2 MiB: one allocation, one zeroing, mapping order 9 where the access is uniform."""
-    provider = Provider(pages=1024, capacity=2048, order=9)
-    registration = provider.inode.register(RecordingUser())
-    page = provider.run(provider.fault(registration, 700, Access.PRIVATE))
-    assert page.order == 9
-    assert (page.pfn - 700) % 512 == 0
-    assert provider.inode.statistics().allocated == 512
-    with pytest.raises(Refusal) as caught:
-        provider.convert(512, 513, Access.SHARED)
-    assert caught.value.rule == "convert.folio"
-    provider.convert(512, 1024, Access.SHARED)
-    held = provider.inode.folios.get(PageIndex(700))
-    with pytest.raises(Refusal) as caught:
-        provider.run(provider.inode.punch_hole(pages(512, 1024)))
-    assert (caught.value.errno, caught.value.rule) == (errno.EAGAIN, "punch.busy")
-    with pytest.raises(Refusal) as caught:
-        provider.convert(512, 1024, Access.PRIVATE)
-    assert caught.value.facts["error_offset"] == 512 * PAGE_SIZE
-    with pytest.raises(Refusal) as caught:
-        provider.run(provider.inode.fallocate(3, 0, PAGE_SIZE))
-    assert caught.value.rule == "fallocate.unaligned"
-    provider.close()
-    assert provider.pool.statistics().detached == 512
-    held.put()
-    assert provider.pool.statistics().allocated == 0
 
 
 def test_the_largest_file_costs_nothing() -> None:

@@ -81,6 +81,10 @@ class ArenaBacking:
                 ctypes.memset(self._base + index * PAGE_SIZE, 0, PAGE_SIZE)
                 self._dirty.remove(index)
 
+    def clear(self, pages: PageRange) -> None:
+        ctypes.memset(self.hva(pages.start), 0, pages.pages * PAGE_SIZE)
+        self._dirty.difference_update(range(pages.start, pages.end))
+
     def close(self) -> None:
         """The arena takes its pages back when the machine is gone."""
 

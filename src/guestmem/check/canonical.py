@@ -24,10 +24,11 @@ from guestmem.kvm.identity import IdentityPool, VirtualMachine
 from guestmem.kvm.stage2 import Leaf, Stage2
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
-from guestmem.memory import File, FolioReference, Folios, Inode, Page, Pool, Range
+from guestmem.memory import File, FolioReference, Folios, HugePool, Inode, Page, Pool, Range, Subpool, Vmemmap
 from guestmem.memory.folio import PfnMap
 from guestmem.memory.notifier import Registration, Telling, Users
-from guestmem.memory.pool import Detached
+from guestmem.memory.pool import Detached, Unit
+from guestmem.memory.splits import Splits
 from guestmem.sched import Fingerprinter, Lock, RefCount, Rules, RwLock, SeqCount, Srcu, WaitQueue, Walk
 from guestmem.userspace import AddressSpace, Pin, Userspace
 from guestmem.userspace.anonymous import AnonymousMemory
@@ -35,10 +36,11 @@ from guestmem.userspace.area import Pte
 
 CONSTANTS: dict[type, frozenset[str]] = {
     AddressSpace: frozenset({"_scheduler", "_tracer"}),
-    AnonymousMemory: frozenset({"_scheduler", "_new_backing", "pages"}),
+    AnonymousMemory: frozenset({"_new_backing", "_pool", "_scheduler", "pages"}),
     File: frozenset({"_release", "_release_takes", "_scheduler"}),
-    Folios: frozenset({"_name", "_scheduler", "order", "pool"}),
-    Inode: frozenset({"_pool", "_scheduler", "_tracer", "abilities", "backing", "order", "pages"}),
+    Folios: frozenset({"_name", "_scheduler", "order", "source"}),
+    HugePool: frozenset({"order", "pool", "vmemmap"}),
+    Inode: frozenset({"abilities", "backing", "order", "orders", "pages", "policy", "scheduler", "source", "tracer"}),
     Kvm: frozenset({"environment", "level", "scheduler", "tracer", "vm_type"}),
     KvmGmemContext: frozenset(),
     Lock: frozenset({"_acquire", "_scheduler", "lock_class", "name"}),
@@ -46,16 +48,20 @@ CONSTANTS: dict[type, frozenset[str]] = {
     RefCount: frozenset({"_scheduler", "name"}),
     Registration: frozenset({"_users"}),
     RwLock: frozenset({"_scheduler", "exclusive", "lock_class", "name", "shared"}),
+    Splits: frozenset({"_parts", "orders", "whole"}),
     ScriptedEngine: frozenset({"_memory", "script"}),
     Stage2: frozenset({"_flush", "_tracer", "_vm"}),
+    Subpool: frozenset({"huge", "pool"}),
+    Unit: frozenset({"source"}),
     Userspace: frozenset({"new_backing", "pool", "scheduler", "tracer"}),
     Users: frozenset({"_inode", "_tracer", "_unmap_failed"}),
     VirtualMachine: frozenset({"_pool"}),
+    Vmemmap: frozenset({"_pool"}),
 }
 """Set by `__init__` alone, and the same in every execution of a scenario for the object that has them."""
 
 STATISTICS: dict[type, frozenset[str]] = {
-    Inode: frozenset({"_conversions", "_faults"}),
+    Inode: frozenset({"_faults", "_merges", "_splits", "conversions"}),
     Users: frozenset({"invalidations"}),
     Vcpu: frozenset({"exits"}),
 }
@@ -66,6 +72,7 @@ DERIVED: dict[type, frozenset[str]] = {
     RwLock: frozenset({"_waiting_writers"}),  # asked under fifo only
     ScriptedEngine: frozenset({"_regs", "_sregs"}),  # a script does not use them
     Telling: frozenset({"_section"}),  # its reader is listed by the Srcu
+    Vmemmap: frozenset({"optimised", "restored"}),  # counted, and read for the text of the counters
 }
 """Said elsewhere, or without effect on an explored machine."""
 
@@ -130,7 +137,7 @@ def _pfn_map(walk: Walk, numbers: PfnMap) -> None:
 def _reference(walk: Walk, reference: FolioReference) -> None:
     if walk.met(reference):
         return
-    walk.out += (reference.index, reference._put)
+    walk.out += (reference.index, reference.head, reference._put)
     _rename(walk, reference.pfn)
     walk.value(reference.folios)
 
@@ -138,6 +145,11 @@ def _reference(walk: Walk, reference: FolioReference) -> None:
 def _detached(walk: Walk, folio: Detached) -> None:
     walk.out += (folio.references, folio._bytes.raw.rstrip(b"\0"))
     _rename_all(walk, folio.pfns)
+    if walk.met(folio.unit):
+        return
+    walk.out += (folio.unit.held, folio.unit.vmemmap)
+    _rename_all(walk, folio.unit.pfns)
+    walk.value(folio.unit.source if isinstance(folio.unit.source, Subpool) else None)
 
 
 def _pool(walk: Walk, pool: Pool) -> None:
@@ -146,7 +158,7 @@ def _pool(walk: Walk, pool: Pool) -> None:
     Below the last of those the free pages are as good as pages that were never used.
     """
     out = walk.out
-    out.append(len(pool.allocated))
+    out += (len(pool.allocated), pool.available)
     for pfn in sorted(pool.detached, key=lambda pfn: walk.numbers.get(pfn, -1)):
         _rename(walk, pfn)
         walk.value(pool.detached[pfn])

@@ -97,7 +97,7 @@ class Ghost:
 
     def _zero(self, seen: event.GmemFolioZero) -> None:
         folios = self._machine.inodes[seen.inode - 1].folios
-        for index in range(seen.index, seen.index + (1 << seen.order)):
+        for index in range(seen.start, seen.end):
             if (seen.inode, index) in self._zeroed:
                 raise Violation("S12", f"page {index:#x} of inode {seen.inode} is zeroed a second time")
             if read_host(folios.backing.hva(PageIndex(index)), PAGE_SIZE) != _ZERO:

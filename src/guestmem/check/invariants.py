@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterator
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+from guestmem.check.huge_pages import broken_books, shared_huge_folios
 from guestmem.check.world import (
     World,
     anonymous_folios,
@@ -233,6 +234,7 @@ def _s13(world: World) -> Iterator[str]:
                     yield f"leaf of order {order} at gfn {number:#x} of vm {kvm.number} does not fit {slot}"
                 elif not slot.context.inode.attributes.is_uniform(pages):
                     yield f"leaf of order {order} at gfn {number:#x} of vm {kvm.number} spans both accesses"
+    yield from shared_huge_folios(world)
 
 
 @_property("S14", "references and pages are all accounted for")
@@ -248,9 +250,10 @@ def _s14(world: World) -> Iterator[str]:
         yield f"pins hold references that no folio counts: {dict(held)}"
     pages = sum(len(inode.folios.present) for inode in world.inodes if not inode.destroyed)
     pages += sum(len(folios.present) for folios in anonymous_folios(world))
-    pages += sum(folio.pfns.pages for pfn, folio in world.pool.detached.items() if pfn not in world.pool.retired)
+    pages += world.pool.detached_pages()
     if pages + len(world.pool.retired) != len(world.pool.allocated):
         yield f"{len(world.pool.allocated)} pages are allocated, {pages} have an owner"
+    yield from broken_books(world)
 
 
 @_property("S16", "what a slot or page is allowed to be was checked")
@@ -304,7 +307,7 @@ class ZeroGhost:
 
     def _see(self, seen: event.Event) -> None:
         if isinstance(seen, event.GmemFolioZero):
-            for index in range(seen.index, seen.index + (1 << seen.order)):
+            for index in range(seen.start, seen.end):
                 if (seen.inode, index) in self._zeroed:
                     raise Violation("S12", f"page {index:#x} of inode {seen.inode} is zeroed a second time")
                 self._zeroed.add((seen.inode, index))

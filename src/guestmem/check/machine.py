@@ -78,7 +78,7 @@ class Machine(Host):
     def _new_pool(self, pages: int) -> Pool:
         return GhostPool(pages)
 
-    def _new_backing(self, pages: int, name: str) -> Backing:
+    def _new_backing(self, pages: int, name: str, order: int = 0, mappable: bool = False) -> Backing:
         return self._arena.take(pages)
 
     def _new_engine(self, memory: GuestMemory) -> Engine:

@@ -10,7 +10,7 @@ from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.identity import IdentityPool
 from guestmem.kvm.vm import Kvm
-from guestmem.memory import Access, Folios, Inode, PageIndex, Pfn, Pool
+from guestmem.memory import Access, Folios, Hugetlb, Inode, PageIndex, Pfn, Pool
 from guestmem.memory.notifier import BOTH
 from guestmem.sched import Scheduler
 from guestmem.trace import Tracer
@@ -26,6 +26,7 @@ class World(Protocol):
     scheduler: Scheduler
     tracer: Tracer
     pool: Pool
+    hugetlb: Hugetlb
     identities: IdentityPool
     userspace: Userspace
     inodes: list[Inode]

@@ -48,7 +48,8 @@ class KvmGmemContext:
         """Zap the frames that show the pages. A view without a slot in the range is not touched."""
         ranges = self.gfns_of(invalidation.pages)
         if ranges:
-            await self.kvm.stage2.begin(ranges, invalidation.accesses)
+            around = self.gfns_of(invalidation.hull) if invalidation.hull else ranges
+            await self.kvm.stage2.begin(ranges, invalidation.accesses, around)
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
         if self._overlapping(invalidation.pages):

@@ -1,9 +1,9 @@
-"""The guest_memfd calls: KVM_CREATE_GUEST_MEMFD on a VM, KVM_SET_MEMORY_ATTRIBUTES2 on a file.
+"""The guest_memfd calls: KVM_CREATE_GUEST_MEMFD on a VM; KVM_SET_MEMORY_ATTRIBUTES2 and KVM_GMEM_CONVERT_* on a file.
 
 What the users of an inode may do is decided here, from the type of the VM and the ABI level, and then carried by the
 inode, which enforces it without asking what the VM is (R14).
 
-Source: virt/kvm/guest_memfd.c kvm_gmem_create; in-place v8; spec/uapi.md sections 6 and 13.
+Source: virt/kvm/guest_memfd.c kvm_gmem_create; in-place v8; the 1G series; spec/uapi.md sections 6, 13 and 14.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from typing import Protocol
 
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.vm import Kvm
-from guestmem.memory import PAGE_SIZE, Abilities, Access, File, page_range
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Abilities, Access, File, page_range
 from guestmem.sched import LockClass
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import (
+    GUEST_MEMFD_FLAG_HUGETLB,
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
+    GUEST_MEMFD_HUGETLB_SHIFT,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
 )
-from guestmem.uapi.structs import CreateGuestMemfd, MemoryAttributes2
+from guestmem.uapi.structs import CreateGuestMemfd, GmemConvert, MemoryAttributes2
 
 _MAX_SIZE = (1 << 63) - PAGE_SIZE
 _U64 = 1 << 64
+_PAGE_SIZE_BITS = _U64 - (1 << GUEST_MEMFD_HUGETLB_SHIFT)
 
 
 class FileDescriptors(Protocol):
@@ -46,22 +49,34 @@ def supported_flags(kvm: Kvm) -> int:
     """
     if not kvm.level.mmap:
         return 0
+    flags = GUEST_MEMFD_FLAG_MMAP
     if kvm.level.in_place or not kvm.has_private_memory:
-        return GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
-    return GUEST_MEMFD_FLAG_MMAP
+        flags |= GUEST_MEMFD_FLAG_INIT_SHARED
+    if kvm.level.hugetlb:
+        flags |= GUEST_MEMFD_FLAG_HUGETLB
+    return flags
 
 
 async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGuestMemfd) -> int:
     """A new inode and its first file; the descriptor. `reserved` is not looked at, as in the kernel.
 
-    Raises: Refusal EINVAL `create.flags`, `create.size`; EMFILE `fd.limit`; ENOMEM `create.nomem`. In this order.
+    Raises: Refusal EINVAL `create.flags`, `create.huge_size`, `create.size`, `create.huge_unaligned`; EMFILE
+    `fd.limit`; ENOMEM `create.nomem`, `create.reservation`, `create.cgroup`. In this order.
+
+    Source: kvm_gmem_create; for huge pages "[RFC PATCH v2 00/51] 1G page support for guest_memfd".
     """
     flags, size = alleged.flags, alleged.size
     supported = supported_flags(kvm)
-    if flags & ~supported:
+    known = supported
+    if supported & GUEST_MEMFD_FLAG_HUGETLB:
+        known |= _PAGE_SIZE_BITS
+    if flags & ~known:
         raise Refusal(errno.EINVAL, "create.flags", flags=flags, supported=supported)
+    order = _huge_order(kvm, flags)
     if not 0 < size <= _MAX_SIZE or size % PAGE_SIZE:
         raise Refusal(errno.EINVAL, "create.size", size=size)
+    if size % (PAGE_SIZE << order):
+        raise Refusal(errno.EINVAL, "create.huge_unaligned", size=size, page_size=PAGE_SIZE << order)
     fd = fds.reserve()
     if kvm.scheduler.fails("create: allocate the view"):
         fds.unreserve(fd)
@@ -71,7 +86,11 @@ async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGues
         init_shared=bool(flags & GUEST_MEMFD_FLAG_INIT_SHARED),
         convertible=kvm.has_private_memory and kvm.level.in_place,
     )
-    inode = kvm.environment.new_inode(size=size, abilities=abilities, owner=kvm.machine)
+    try:
+        inode = kvm.environment.new_inode(size=size, abilities=abilities, owner=kvm.machine, order=order)
+    except Refusal:
+        fds.unreserve(fd)
+        raise
     context = KvmGmemContext(kvm, inode)
     context.file = File(
         kvm.scheduler,
@@ -82,6 +101,16 @@ async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGues
     )
     fds.install(fd, context.file)
     return fd
+
+
+def _huge_order(kvm: Kvm, flags: int) -> int:
+    """The order of the huge pages that flags ask for, 0 for none. Raises: Refusal EINVAL `create.huge_size`."""
+    log2 = flags >> GUEST_MEMFD_HUGETLB_SHIFT
+    order = log2 - PAGE_SHIFT
+    if bool(flags & GUEST_MEMFD_FLAG_HUGETLB) != bool(log2) or (log2 and order not in kvm.environment.huge_orders):
+        offered = [offered + PAGE_SHIFT for offered in kvm.environment.huge_orders]
+        raise Refusal(errno.EINVAL, "create.huge_size", flags=flags, log2=log2, offered=offered)
+    return order if log2 else 0
 
 
 def require_in_place(file: File) -> KvmGmemContext:
@@ -118,3 +147,37 @@ async def set_memory_attributes2(file: File, alleged: MemoryAttributes2) -> None
         raise Refusal(errno.EINVAL, "attributes2.past_end", offset=offset, size=size, file_size=file.inode.size)
     private = alleged.attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE
     await file.inode.convert(pages, Access.PRIVATE if private else Access.SHARED)
+
+
+def require_hugetlb(file: File) -> KvmGmemContext:
+    """The context of a file whose ABI level has huge pages. Raises: Refusal ENOTTY `gmem_convert.off`."""
+    context = file.private_data
+    assert isinstance(context, KvmGmemContext)
+    if not context.kvm.level.hugetlb:
+        raise Refusal(errno.ENOTTY, "gmem_convert.off", level=context.kvm.level.name)
+    return context
+
+
+async def gmem_convert(file: File, alleged: GmemConvert, to: Access) -> None:
+    """KVM_GMEM_CONVERT_SHARED and _PRIVATE: what the 1G series has for KVM_SET_MEMORY_ATTRIBUTES2.
+
+    An empty range is no error, and nothing; an `error_offset` that is not zero is one. `reserved` is not looked at.
+
+    Raises: Refusal ENOTTY `gmem_convert.off`; EINVAL `gmem_convert.*`, in the order of the posting; as Inode.convert.
+    Source: "[RFC PATCH v2 04/51] KVM: guest_memfd: Introduce KVM_GMEM_CONVERT_SHARED/PRIVATE ioctls",
+    kvm_gmem_ioctl_convert_range.
+    """
+    context = require_hugetlb(file)
+    offset, size = alleged.offset, alleged.size
+    if not file.inode.abilities.convertible:
+        raise Refusal(errno.EINVAL, "gmem_convert.no_private_memory", vm_type=context.kvm.vm_type.name)
+    if alleged.error_offset:
+        raise Refusal(errno.EINVAL, "gmem_convert.error_offset", error_offset_given=alleged.error_offset)
+    if not size:
+        return
+    if offset + size > file.inode.size:
+        raise Refusal(errno.EINVAL, "gmem_convert.range", offset=offset, size=size, file_size=file.inode.size)
+    pages = page_range(offset, size)
+    if pages is None:
+        raise Refusal(errno.EINVAL, "gmem_convert.unaligned", offset=offset, size=size)
+    await file.inode.convert(pages, to)

@@ -11,21 +11,28 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol, TypeAlias
 
 from guestmem.kvm.context import KvmGmemContext
-from guestmem.kvm.gmem import create_guest_memfd, require_in_place, set_memory_attributes2
+from guestmem.kvm.gmem import (
+    create_guest_memfd,
+    gmem_convert,
+    require_hugetlb,
+    require_in_place,
+    set_memory_attributes2,
+)
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import HostAddressSpace, Kvm
 from guestmem.kvm.vm_attributes import set_memory_attributes
-from guestmem.memory import File
+from guestmem.memory import Access, File
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 from guestmem.uapi.structs import (
     CreateGuestMemfd,
+    GmemConvert,
     MemoryAttributes,
     MemoryAttributes2,
     PreFaultMemory,
@@ -128,20 +135,34 @@ async def _set_attributes(caller: Caller, kvm: Kvm, argument: int) -> int:
 
 
 async def gmem_ioctl(mm: HostAddressSpace, file: File, request: int, argument: int) -> int:
-    """ioctl(2) on a guest_memfd by a process with memory `mm`. Raises: as set_memory_attributes2; ENOTTY."""
-    if request != uapi.KVM_SET_MEMORY_ATTRIBUTES2:
+    """ioctl(2) on a guest_memfd by a process with memory `mm`.
+
+    Raises: Refusal ENOTTY `ioctl.unknown`; as set_memory_attributes2 and gmem_convert.
+    """
+    if request == uapi.KVM_SET_MEMORY_ATTRIBUTES2:
+        require_in_place(file)
+        attributes = MemoryAttributes2.unpack(await mm.copy_from_user(argument, MemoryAttributes2.SIZE))
+        where = argument + MemoryAttributes2.ERROR_OFFSET_AT
+        await _with_error_offset(mm, where, set_memory_attributes2(file, attributes))
+    elif request in _GMEM_CONVERT:
+        require_hugetlb(file)
+        range_ = GmemConvert.unpack(await mm.copy_from_user(argument, GmemConvert.SIZE))
+        where = argument + GmemConvert.ERROR_OFFSET_AT
+        await _with_error_offset(mm, where, gmem_convert(file, range_, _GMEM_CONVERT[request]))
+    else:
         raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="guest_memfd")
-    require_in_place(file)
-    data = await mm.copy_from_user(argument, MemoryAttributes2.SIZE)
+    return 0
+
+
+async def _with_error_offset(mm: HostAddressSpace, where: int, call: Coroutine[Any, None, None]) -> None:
+    """Make a call; where it stopped, if a refusal says so, goes to the caller's address `where`."""
     try:
-        await set_memory_attributes2(file, MemoryAttributes2.unpack(data))
+        await call
     except Refusal as refusal:
         error_offset = refusal.facts.get("error_offset")
         if isinstance(error_offset, int):
-            where = argument + MemoryAttributes2.ERROR_OFFSET_AT
             await mm.copy_to_user(where, struct.pack("<Q", error_offset))
         raise
-    return 0
 
 
 async def pre_fault(caller: Caller, vcpu: Vcpu, argument: int) -> int:
@@ -152,6 +173,8 @@ async def pre_fault(caller: Caller, vcpu: Vcpu, argument: int) -> int:
     await caller.mm.copy_to_user(argument, struct.pack("<QQ", left.gpa, left.size))
     return 0
 
+
+_GMEM_CONVERT = {uapi.KVM_GMEM_CONVERT_SHARED: Access.SHARED, uapi.KVM_GMEM_CONVERT_PRIVATE: Access.PRIVATE}
 
 VmIoctl: TypeAlias = Callable[[Caller, Kvm, int], Awaitable[int]]
 

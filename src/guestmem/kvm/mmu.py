@@ -19,7 +19,7 @@ from guestmem.kvm.addresses import Gfn, gfn_of
 from guestmem.kvm.memslots import MemorySlot
 from guestmem.kvm.stage2 import Leaf
 from guestmem.memory import PAGE_SHIFT, Access, File, Pfn
-from guestmem.memory.pages import ORDERS, block
+from guestmem.memory.pages import block
 from guestmem.trace import Refusal
 
 if TYPE_CHECKING:
@@ -117,19 +117,19 @@ async def _find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, h
         raise Refusal(errno.EFAULT, "fault.file_gone", slot=slot.id, gfn=gfn)
     held.files.append(context.file)
     page, access = await context.get_pfn(slot, gfn, asked if kvm.level.in_place else None)
-    order = _leaf_order(slot, gfn, page.order)
+    order = _leaf_order(slot, gfn, page.order, context.inode.orders)
     start = block(gfn, order).start
     inside = gfn - start
     leaf = Leaf(start, order, Pfn(page.pfn - inside), page.hva - (inside << PAGE_SHIFT), page.window, writable=True)
     return leaf, access
 
 
-def _leaf_order(slot: MemorySlot, gfn: Gfn, limit: int) -> int:
+def _leaf_order(slot: MemorySlot, gfn: Gfn, limit: int, orders: tuple[int, ...]) -> int:
     """The largest order, up to the page's, whose block lies inside the slot, with frame and file page congruent (S13).
 
     Source: spec/semantics.md section 5, last line; kvm_mmu_max_mapping_level.
     """
-    for order in ORDERS:
+    for order in orders:
         congruent = not (slot.gfns.start - slot.pages.start) & ((1 << order) - 1)
         if order <= limit and congruent and slot.gfns.covers(block(gfn, order)):
             return order

@@ -87,11 +87,15 @@ class Stage2:
         if zapped:
             self._flush()
 
-    async def begin(self, ranges: list[Range[Gfn]], accesses: Iterable[Access]) -> None:
-        """Open a window over the hull of `ranges`, then zap each. Source: kvm_gmem_invalidate_begin."""
+    async def begin(
+        self, ranges: list[Range[Gfn]], accesses: Iterable[Access], around: list[Range[Gfn]] | None = None
+    ) -> None:
+        """Open a window over the hull of `around`, which has `ranges` in it and is the same unless a leaf could reach
+        beyond them; then zap each of `ranges`. Source: kvm_gmem_invalidate_begin."""
         accesses = tuple(accesses)
+        closed = around or ranges
         async with self.mmu_lock:
-            self.window.begin(Range(min(r.start for r in ranges), max(r.end for r in ranges)))
+            self.window.begin(Range(min(r.start for r in closed), max(r.end for r in closed)))
             for gfns in ranges:
                 self.zap(gfns, accesses)
 

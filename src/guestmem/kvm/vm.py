@@ -93,6 +93,7 @@ class KvmEnvironment(NamedTuple):
     identities: IdentityPool
     new_inode: Callable[..., Inode]
     new_engine: Callable[[GuestMemory], Engine]
+    huge_orders: tuple[int, ...]
 
 
 class Kvm:

@@ -28,6 +28,9 @@ _KEEP_SIZE_FORBIDDEN = {FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC
 def check_fallocate(mode: int, offset: int, length: int, folio_size: int) -> PageRange:
     """The pages that a legal call means. All but the end of the file is checked: a hole may lie beyond it.
 
+    Memory is allocated by whole folios of `folio_size` bytes; a hole need not be: where it covers a part of one, that
+    part is zeroed and stays.
+
     Raises: Refusal EINVAL `fallocate.range`; EOPNOTSUPP `fallocate.mode`; EFBIG `fallocate.too_big`; EOPNOTSUPP
     `fallocate.gmem_mode`; EINVAL `fallocate.unaligned`. In this order.
     """
@@ -42,6 +45,6 @@ def check_fallocate(mode: int, offset: int, length: int, folio_size: int) -> Pag
     if not keeps_size or kind not in (0, FALLOC_FL_PUNCH_HOLE):
         raise Refusal(errno.EOPNOTSUPP, "fallocate.gmem_mode", mode=mode)
     pages = page_range(offset, length)
-    if pages is None or (offset | length) & (folio_size - 1):
+    if pages is None or (not kind and (offset | length) & (folio_size - 1)):
         raise Refusal(errno.EINVAL, "fallocate.unaligned", offset=offset, length=length, page_size=folio_size)
     return pages

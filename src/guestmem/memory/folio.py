@@ -6,9 +6,11 @@ kept one by one. A gigabyte of populated file costs some ten kilobytes, and popu
 operations.
 
 Rules. A page is zeroed at most once in its life in the file, under its folio lock, before `uptodate` is set (S12).
-Removing a page that has references detaches it: its holders keep the bytes, the file gets a new page next time.
+Removing a folio that has references detaches it: its holders keep the bytes, the file gets a new page next time.
 
-All folios have the file's `order`; splitting and merging arrive with huge pages.
+In a file of huge pages memory comes and goes by whole huge pages, and which of them are split is in `Splits`. What is
+known of pages (up to date, poisoned) is known page by page, so splitting and merging change neither; references are
+counted by folio, and a folio that has any is neither split nor merged.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from types import TracebackType
 from pyroaring import BitMap64
 
 from guestmem.memory.backing import Backing, read_host
-from guestmem.memory.pages import PAGE_SIZE, PageIndex, PageRange, Pfn, Range, block
-from guestmem.memory.pool import Detached, Pool
+from guestmem.memory.bitmaps import members, next_member
+from guestmem.memory.pages import ORDER_2M, PAGE_SIZE, PageIndex, PageRange, Pfn, Range, block
+from guestmem.memory.pool import Detached, FolioSource, Unit
+from guestmem.memory.splits import Splits
 from guestmem.sched import Lock, LockClass, Scheduler
 
 _CHUNK = 512
@@ -29,28 +33,31 @@ _CHUNK = 512
 class PfnMap:
     """File index to page number, as a radix tree of two levels.
 
-    A chunk of 512 pages whose numbers are consecutive is one integer, any other chunk a dict.
+    A chunk of 2**`shift` pages whose numbers are consecutive is one integer, any other chunk a dict.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shift: int) -> None:
         self._chunks: dict[int, int | dict[int, int]] = {}
+        self._shift = shift
+        self._size = 1 << shift
 
     def get(self, index: int) -> Pfn | None:
-        chunk = self._chunks.get(index // _CHUNK)
+        chunk = self._chunks.get(index >> self._shift)
         if chunk is None:
             return None
+        place = index & (self._size - 1)
         if isinstance(chunk, int):
-            return Pfn(chunk + index % _CHUNK)
-        pfn = chunk.get(index % _CHUNK)
+            return Pfn(chunk + place)
+        pfn = chunk.get(place)
         return None if pfn is None else Pfn(pfn)
 
     def set_run(self, index: int, pfns: Range[Pfn]) -> None:
         """Pages from `index` on get the numbers `pfns`; they had none."""
         pfn = int(pfns.start)
         while pfn < pfns.end:
-            number, first = divmod(index, _CHUNK)
-            count = min(_CHUNK - first, pfns.end - pfn)
-            if count == _CHUNK:
+            number, first = divmod(index, self._size)
+            count = min(self._size - first, pfns.end - pfn)
+            if count == self._size:
                 self._chunks[number] = pfn
             else:
                 chunk = self._chunks.setdefault(number, {})
@@ -62,23 +69,23 @@ class PfnMap:
 
     def remove(self, pages: PageRange) -> Iterator[Range[Pfn]]:
         """Take the numbers of `pages` out, in runs; pages without one are passed over."""
-        first, last = pages.start // _CHUNK, (pages.end - 1) // _CHUNK
+        first, last = pages.start // self._size, (pages.end - 1) // self._size
         if last - first > len(self._chunks):
             numbers = sorted(number for number in self._chunks if first <= number <= last)
         else:
             numbers = [number for number in range(first, last + 1) if number in self._chunks]
         for number in numbers:
-            low = max(0, pages.start - number * _CHUNK)
-            high = min(_CHUNK, pages.end - number * _CHUNK)
+            low = max(0, pages.start - number * self._size)
+            high = min(self._size, pages.end - number * self._size)
             yield from self._remove_from(number, low, high)
 
     def _remove_from(self, number: int, low: int, high: int) -> Iterator[Range[Pfn]]:
         chunk = self._chunks[number]
         if isinstance(chunk, int):
-            if high - low == _CHUNK:
+            if high - low == self._size:
                 del self._chunks[number]
             else:
-                self._chunks[number] = {place: chunk + place for place in range(_CHUNK) if not low <= place < high}
+                self._chunks[number] = {place: chunk + place for place in range(self._size) if not low <= place < high}
             yield Range(Pfn(chunk + low), Pfn(chunk + high))
             return
         taken = [chunk.pop(place) for place in sorted(place for place in chunk if low <= place < high)]
@@ -88,29 +95,39 @@ class PfnMap:
 
 
 class FolioReference:
-    """A counted reference to one page, as get_user_pages takes it. Survives the page's removal from the file."""
+    """A counted reference to the folio of one page, as get_user_pages takes it. Survives its removal from the file.
 
-    __slots__ = ("_put", "folios", "index", "pfn")
+    `head` is the first page of the folio, which stays as it is while it is referenced.
+    """
 
-    def __init__(self, folios: Folios, index: PageIndex, pfn: Pfn) -> None:
+    __slots__ = ("_put", "folios", "head", "index", "pfn")
+
+    def __init__(self, folios: Folios, index: PageIndex, head: PageIndex, pfn: Pfn) -> None:
         self.folios = folios
         self._put = False
         self.index = index
+        self.head = head
         self.pfn = pfn
+
+    @property
+    def head_pfn(self) -> Pfn:
+        """The page number that the folio begins at."""
+        return Pfn(self.pfn - (self.index - self.head))
 
     @property
     def hva(self) -> int:
         """Where the page's bytes are now: in the file, or with the pool if it was detached."""
         assert not self._put, "the reference was put"
-        inside = self.index - self.folios.head(self.index)
-        detached = self.folios.pool.detached.get(Pfn(self.pfn - inside))
-        return detached.hva + inside * PAGE_SIZE if detached else self.folios.backing.hva(self.index)
+        detached = self.folios.source.pool.detached.get(self.head_pfn)
+        if detached:
+            return detached.hva + (self.index - self.head) * PAGE_SIZE
+        return self.folios.backing.hva(self.index)
 
     def put(self) -> None:
         """Give the reference back; once."""
         assert not self._put, "S14: reference put twice"
         self._put = True
-        self.folios.put(self.index, self.pfn)
+        self.folios.put(self)
 
 
 class _FolioLock:
@@ -146,26 +163,47 @@ class _FolioLock:
 
 
 class Folios:
-    """The pages of one file. Ranges are whole folios; an index may be any page of its folio."""
+    """The pages of one file. An index may be any page of its folio.
 
-    def __init__(self, scheduler: Scheduler, pool: Pool, backing: Backing, order: int, name: str) -> None:
-        self.pool = pool
+    `orders` are those that a folio can have, largest first, 0 last; huge pages are of the first.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        source: FolioSource,
+        backing: Backing,
+        name: str,
+        orders: tuple[int, ...] = (0,),
+        split_whole: bool = False,
+    ) -> None:
+        self.source = source
         self.backing = backing
-        self.order = order
+        self.order = orders[0]
+        self.splits = Splits(orders, split_whole)
         self.present = BitMap64()
         self.uptodate = BitMap64()
         self.poisoned = BitMap64()
         self.references: dict[PageIndex, int] = {}  # head of folio -> references besides the file's own
         self.locks: dict[PageIndex, tuple[Lock, int]] = {}
-        self._pfns = PfnMap()
+        self._pfns = PfnMap(max(self.order, ORDER_2M))
         self._scheduler = scheduler
         self._name = name
 
+    def order_of(self, index: PageIndex) -> int:
+        """The order of the folio that `index` belongs to, or would if its huge page were there."""
+        return self.splits.order_of(index) if self.order else 0
+
     def head(self, index: PageIndex) -> PageIndex:
-        return PageIndex(index >> self.order << self.order)
+        order = self.order_of(index)
+        return PageIndex(index >> order << order)
 
     def folio(self, index: PageIndex) -> PageRange:
         """The pages of the folio that `index` belongs to."""
+        return block(index, self.order_of(index))
+
+    def huge_page(self, index: PageIndex) -> PageRange:
+        """The pages that come and go together with `index`: its huge page, whether it is split or not."""
         return block(index, self.order)
 
     def pfn(self, index: PageIndex) -> Pfn | None:
@@ -192,16 +230,20 @@ class Folios:
         start = int(pages.start)
         while start < pages.end:
             if start in self.present:
-                start += 1
-                while start < pages.end and self.present.contains_range(start, min(start + _CHUNK, pages.end)):
-                    start = min(start + _CHUNK, pages.end)
+                start = (start >> self.order) + 1 << self.order
+                step = max(_CHUNK, 1 << self.order)
+                while start < pages.end and self.present.contains_range(start, min(start + step, pages.end)):
+                    start = min(start + step, pages.end)
                 continue
-            end = min(_next(self.present, start, pages.end), pages.end)
+            end = next_member(self.present, start, pages.end)
             yield Range(PageIndex(start), PageIndex(end))
             start = end
 
     def present_in(self, pages: PageRange) -> Iterator[PageRange]:
         """The stretches of `pages` that the file has pages for."""
+        if self.present.contains_range(pages.start, pages.end):
+            yield pages
+            return
         start = int(pages.start)
         for gap in self.absent(pages):
             if start < gap.start:
@@ -209,6 +251,13 @@ class Folios:
             start = gap.end
         if start < pages.end:
             yield Range(PageIndex(start), pages.end)
+
+    def never_zeroed(self, pages: PageRange) -> list[PageRange]:
+        """The stretches of present `pages` that are not up to date."""
+        if not self.uptodate.range_cardinality(pages.start, pages.end):
+            return [pages]
+        stale = [index for index in range(pages.start, pages.end) if index not in self.uptodate]
+        return [Range(PageIndex(run.start), PageIndex(run.end)) for run in _runs(stale)]
 
     def set_uptodate(self, pages: PageRange) -> None:
         self.uptodate.add_range(pages.start, pages.end)
@@ -219,67 +268,87 @@ class Folios:
         assert pfn is not None, "reference to a page that is not there"
         head = self.head(index)
         self.references[head] = self.references.get(head, 0) + 1
-        return FolioReference(self, index, pfn)
+        return FolioReference(self, index, head, pfn)
 
-    def put(self, index: PageIndex, pfn: Pfn) -> None:
+    def put(self, reference: FolioReference) -> None:
         """Give one reference back; the page may have left the file since."""
-        head = self.head(index)
-        head_pfn = Pfn(pfn - (index - head))
-        if head_pfn in self.pool.detached:
-            self.pool.put_detached(head_pfn)
+        if reference.head_pfn in self.source.pool.detached:
+            self.source.pool.put_detached(reference.head_pfn)
             return
-        left = self.references[head] - 1
+        left = self.references[reference.head] - 1
         if left:
-            self.references[head] = left
+            self.references[reference.head] = left
         else:
-            del self.references[head]
+            del self.references[reference.head]
 
     def first_referenced(self, pages: PageRange) -> PageIndex | None:
         """The lowest folio in `pages` that somebody besides the file holds."""
         return min((head for head in self.references if self.folio(head).overlaps(pages)), default=None)
 
-    def remove(self, pages: PageRange) -> int:
-        """Take the pages out of the file and give them back; returns how many were detached instead.
+    def is_held(self, pages: PageRange) -> bool:
+        """Whether a folio in `pages` must stay as it is: somebody holds it, or its memory is bad."""
+        if self.poisoned.range_cardinality(pages.start, pages.end):
+            return True
+        return bool(self.references) and self.first_referenced(pages) is not None
 
-        Poisoned pages go to nobody: they are retired.
+    def remove(self, pages: PageRange) -> int:
+        """Take whole huge pages out of the file and give them back; returns how many pages were detached instead.
+
+        What is split of them is merged, at the last put if somebody holds a part. Huge pages with a poisoned part go to
+        nobody: they are retired.
         """
         detached = 0
-        for head in [head for head in self.references if pages.contains(head)]:
-            self._detach(head)
-            detached += 1 << self.order
-        for index in list(_members(self.poisoned, pages)):
-            self._retire(index)
+        for start in sorted({self.huge_page(head).start for head in self.references if pages.contains(head)}):
+            detached += self._detach(self.huge_page(start))
+        for bad in members(self.poisoned, pages.start, pages.end):
+            self._retire(self.huge_page(PageIndex(bad)))
+        self.source.optimise(self.splits.cost(self.splits.forget(pages)))
         for pfns in self._pfns.remove(pages):
-            self.pool.free(pfns)
+            self.source.free(pfns)
         for run in list(self.present_in(pages)):
             self.backing.free(run)
         for bitmap in (self.present, self.uptodate, self.poisoned):
             bitmap.remove_range(pages.start, pages.end)
         return detached
 
-    def _detach(self, head: PageIndex) -> None:
-        """Let the holders keep the folio."""
-        folio = self.folio(head)
-        content = read_host(self.backing.hva(head), folio.pages * PAGE_SIZE)
-        (pfns,) = _runs([pfn for run in self._pfns.remove(folio) for pfn in range(run.start, run.end)])
-        self.pool.detached[pfns.start] = Detached(pfns, content, self.references.pop(head))
-        if self.poisoned.range_cardinality(folio.start, folio.end):
-            self.pool.retire(pfns.start)
+    def _detach(self, huge_page: PageRange) -> int:
+        """Let the holders keep their folios of a huge page, which stays together until the last of them puts."""
+        held = [self.folio(head) for head in self.references if huge_page.contains(head)]
+        vmemmap = self.splits.cost(self.splits.forget(huge_page))
+        unit = Unit(self._take_out(huge_page), self.source, vmemmap)
+        for folio in held:
+            content = read_host(self.backing.hva(folio.start), folio.pages * PAGE_SIZE)
+            start = Pfn(unit.pfns.start + folio.start - huge_page.start)
+            pfns = Range(start, Pfn(start + folio.pages))
+            self.source.pool.detached[start] = Detached(pfns, content, self.references.pop(folio.start), unit)
+        if self.poisoned.range_cardinality(huge_page.start, huge_page.end):
+            self.source.retire(unit.pfns)
+        return huge_page.pages
 
-    def _retire(self, index: PageIndex) -> None:
-        for pfns in self._pfns.remove(Range(index, PageIndex(index + 1))):
-            self.pool.retire(pfns.start)
+    def _retire(self, huge_page: PageRange) -> None:
+        """Bad memory goes to nobody, and what it was split into stays with it."""
+        if self._pfns.get(huge_page.start) is not None:
+            self.splits.forget(huge_page)
+            self.source.retire(self._take_out(huge_page))
+
+    def _take_out(self, huge_page: PageRange) -> Range[Pfn]:
+        first = self._pfns.get(huge_page.start)
+        assert first is not None, "a huge page that is not there leaves the file"
+        removed = sum(pfns.pages for pfns in self._pfns.remove(huge_page))
+        assert removed == huge_page.pages, "S14: a part of a huge page was not there"
+        return Range(first, Pfn(first + huge_page.pages))
 
     def check(self) -> None:
         """S12, S14: what is known of pages is known of present pages only, each of which has one page number."""
         assert self.uptodate <= self.present, "S12: an absent page is up to date"
         assert self.poisoned <= self.present, "S19: an absent page is poisoned"
         assert all(head in self.present for head in self.references), "S14: reference to an absent page"
+        assert all(self.head(head) == head for head in self.references), "S14: a referenced folio was split or merged"
         assert all(count > 0 for count in self.references.values()), "S14: reference count below one"
         pfns = [pfn for index in self.present if (pfn := self._pfns.get(index)) is not None]
         assert len(pfns) == len(self.present), "S14: a present page without a page number"
         assert len(set(pfns)) == len(pfns), "S10: a page is in the file twice"
-        assert all(pfn in self.pool.allocated for pfn in pfns), "S10: a page of the file is free"
+        assert all(pfn in self.source.pool.allocated for pfn in pfns), "S10: a page of the file is free"
 
 
 def _runs(pfns: list[int]) -> Iterator[Range[Pfn]]:
@@ -289,17 +358,3 @@ def _runs(pfns: list[int]) -> Iterator[Range[Pfn]]:
         if place == len(pfns) or pfns[place] != pfns[place - 1] + 1:
             yield Range(Pfn(pfns[start]), Pfn(pfns[place - 1] + 1))
             start = place
-
-
-def _next(bitmap: BitMap64, start: int, limit: int) -> int:
-    """The first member from `start` on, `limit` if there is none."""
-    if not bitmap or start > bitmap.max():
-        return limit
-    return int(bitmap.next_set_bit(start))
-
-
-def _members(bitmap: BitMap64, pages: PageRange) -> Iterator[PageIndex]:
-    member = _next(bitmap, pages.start, pages.end)
-    while member < pages.end:
-        yield PageIndex(member)
-        member = _next(bitmap, member + 1, pages.end)

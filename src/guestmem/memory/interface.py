@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
@@ -19,6 +20,34 @@ class Abilities:
     mmap: bool
     init_shared: bool
     convertible: bool
+
+
+class Split(enum.Enum):
+    """How far a huge page is split when a part of it becomes shared.
+
+    LAZY: 1G to 2M, and only the 2M that holds the shared page to 4K. WHOLE: all of it to 4K, as in the posted series.
+    """
+
+    LAZY = "lazy"
+    WHOLE = "whole"
+
+
+class Conversion(enum.Enum):
+    """What a conversion that cannot be done for every page does.
+
+    ATOMIC: nothing. STEPWISE: it goes one huge page at a time and stops at the first that cannot be converted.
+    """
+
+    ATOMIC = "atomic"
+    STEPWISE = "stepwise"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HugePolicy:
+    """What a file of huge pages does where the postings differ."""
+
+    split: Split = Split.LAZY
+    conversion: Conversion = Conversion.ATOMIC
 
 
 class Owner(Protocol):
@@ -50,7 +79,10 @@ class Page(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class InodeStatistics:
-    """Pages of 4 KiB; counts since creation. `faults` by kind of user and access, `invalidations` by reason."""
+    """Pages of 4 KiB; counts since creation. `faults` by kind of user and access, `invalidations` by reason.
+
+    `folios` has how many there are now, `splits` how many were split and `merges` how many came of merging, by order.
+    """
 
     number: int
     size: int
@@ -61,3 +93,7 @@ class InodeStatistics:
     conversions: int
     faults: dict[tuple[str, str], int]
     invalidations: dict[str, int]
+    order: int
+    folios: dict[int, int]
+    splits: dict[int, int]
+    merges: dict[int, int]

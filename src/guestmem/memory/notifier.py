@@ -51,11 +51,16 @@ class Invalidation:
 
     For a conversion `accesses` is the old access alone, for everything else it is both: it follows the state of the
     pages and not how the file was created (known bug B19).
+
+    `hull`, if it differs, is `pages` rounded out to the huge pages that they are a part of. Nothing is zapped there
+    that does not meet `pages`, but nothing may be installed: a leaf over all of a huge page would span both accesses
+    (S13).
     """
 
     pages: PageRange
     reason: Reason
     accesses: tuple[Access, ...]
+    hull: PageRange | None = None
 
 
 class UnmapFailed(Exception):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
-from guestmem.memory.pages import ORDER_1G, ORDER_2M, ORDER_4K, N, Range
+from guestmem.memory.pages import ORDER_4K, N, Range
 
 L = TypeVar("L")
 _TABLE_SHIFT = 9
@@ -24,7 +24,7 @@ class PageTable(Generic[N, L]):
 
     def __init__(self) -> None:
         self._tables: dict[int, dict[int, L]] = {}  # number >> 9 -> number -> 4K leaf
-        self._huge: dict[int, dict[int, L]] = {ORDER_2M: {}, ORDER_1G: {}}  # order -> number >> order -> leaf
+        self._huge: dict[int, dict[int, L]] = {}  # order -> number >> order -> leaf
 
     def lookup(self, number: N) -> L | None:
         """The leaf that maps `number`."""
@@ -43,7 +43,7 @@ class PageTable(Generic[N, L]):
         if order == ORDER_4K:
             self._tables.setdefault(number >> _TABLE_SHIFT, {})[number] = leaf
         else:
-            self._huge[order][number >> order] = leaf
+            self._huge.setdefault(order, {})[number >> order] = leaf
 
     def zap(self, numbers: Range[N]) -> int:
         """Remove every leaf that maps any of `numbers`, a larger leaf wholly; how many leaves went."""

@@ -70,6 +70,17 @@ def block(number: N, order: int) -> Range[N]:
     return Range(start, start + (1 << order))  # type: ignore[arg-type]
 
 
+def whole_blocks(numbers: Range[N], order: int) -> tuple[Range[N] | None, list[Range[N]]]:
+    """The whole blocks of 2**order in a range, None if there are none, and what is left at its ends."""
+    first = -(-numbers.start >> order) << order
+    last = numbers.end >> order << order
+    if first >= last:
+        return None, [numbers]
+    inner: Range[N] = Range(first, last)  # type: ignore[arg-type]
+    ends = [Range(numbers.start, inner.start), Range(inner.end, numbers.end)]
+    return inner, [end for end in ends if end.pages]
+
+
 def offset_of(index: PageIndex) -> Offset:
     """The first byte of a page."""
     return Offset(index << PAGE_SHIFT)

@@ -47,9 +47,39 @@ class GmemFolioAlloc(Event, frozen=True, tag="gmem_folio_alloc"):
 
 
 class GmemFolioZero(Event, frozen=True, tag="gmem_folio_zero"):
+    """Pages `start`..`end` were zeroed for the first time since they came into the file."""
+
     inode: int
-    index: int
+    start: int
+    end: int
+
+
+class GmemZeroRange(Event, frozen=True, tag="gmem_zero_range"):
+    """A hole in a part of a huge page: pages `start`..`end` stay, their bytes are gone."""
+
+    inode: int
+    start: int
+    end: int
+
+
+class GmemSplit(Event, frozen=True, tag="gmem_split"):
+    """`folios` folios of `order` between pages `start` and `end` were split into the next smaller ones."""
+
+    inode: int
+    start: int
+    end: int
     order: int
+    folios: int
+
+
+class GmemMerge(Event, frozen=True, tag="gmem_merge"):
+    """`folios` folios of `order` between pages `start` and `end` were made of smaller ones."""
+
+    inode: int
+    start: int
+    end: int
+    order: int
+    folios: int
 
 
 class GmemFolioFree(Event, frozen=True, tag="gmem_folio_free"):

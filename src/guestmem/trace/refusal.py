@@ -30,6 +30,10 @@ class Refusal(OSError):
     def __str__(self) -> str:
         return f"{errno_name(self.errno)} {self.strerror}"
 
+    def adding(self, **facts: object) -> Refusal:
+        """The same refusal with more facts, or other values of some."""
+        return _rebuild(self.errno or 0, self.rule, {**self.facts, **facts})
+
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (self.errno, self.rule, self.facts))
 

@@ -103,6 +103,8 @@ KVM_SET_USER_MEMORY_REGION2 = _iow(0x49, 160)
 KVM_SET_MEMORY_ATTRIBUTES = _iow(0xD2, 32)
 KVM_SET_MEMORY_ATTRIBUTES2 = _iowr(0xD2, 128)  # proposed, on the guest_memfd fd
 KVM_CREATE_GUEST_MEMFD = _iowr(0xD4, 64)
+KVM_GMEM_CONVERT_SHARED = 0xC040AF41  # proposed, on the guest_memfd fd; type 0xAF is its own
+KVM_GMEM_CONVERT_PRIVATE = 0xC040AF42
 KVM_PRE_FAULT_MEMORY = _iowr(0xD5, 64)
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
@@ -111,6 +113,8 @@ KVM_MEM_GUEST_MEMFD = 1 << 2
 
 GUEST_MEMFD_FLAG_MMAP = 1 << 0
 GUEST_MEMFD_FLAG_INIT_SHARED = 1 << 1
+GUEST_MEMFD_FLAG_HUGETLB = 1 << 2  # proposed; log2 of the page size stands in bits 63:58
+GUEST_MEMFD_HUGETLB_SHIFT = 58
 
 GUEST_MEMFD_MAGIC = 0x474D454D  # f_type of its file system
 

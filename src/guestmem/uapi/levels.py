@@ -15,7 +15,8 @@ class AbiLevel:
     (kvm_arch_supports_gmem; before, kvm_arch_has_private_mem). `in_place`: pages carry their access in the file and are
     converted there; otherwise the VM has attributes by guest frame. `overlap_errno`: for a file range that is bound
     already. `signed_range_end`: the end of a bound file range is compared as a signed number (known bug B04).
-    `own_file_system`: files lie in one of guest_memfd's own, with one NUMA policy for each inode, from 6.19 on."""
+    `hugetlb`: files of huge pages, and the conversion calls that were posted with them. `own_file_system`: files lie in
+    one of guest_memfd's own, with one NUMA policy for each inode, from 6.19 on."""
 
     name: str
     mmap: bool
@@ -23,6 +24,7 @@ class AbiLevel:
     overlap_errno: int
     signed_range_end: bool
     own_file_system: bool = True
+    hugetlb: bool = False
 
 
 LEVELS: dict[str, AbiLevel] = {
@@ -41,7 +43,7 @@ LEVELS: dict[str, AbiLevel] = {
         ),
         AbiLevel("v7.3", mmap=True, in_place=False, overlap_errno=errno.EEXIST, signed_range_end=False),
         AbiLevel("v7.4", mmap=True, in_place=True, overlap_errno=errno.EEXIST, signed_range_end=False),
-        AbiLevel("future", mmap=True, in_place=True, overlap_errno=errno.EEXIST, signed_range_end=False),
+        AbiLevel("future", mmap=True, in_place=True, overlap_errno=errno.EEXIST, signed_range_end=False, hugetlb=True),
     )
 }
 FUTURE = LEVELS["future"]

@@ -33,6 +33,8 @@ _MMAP = "mmap"
 _PREFAULT = "KVM_PRE_FAULT_MEMORY"
 _FAULT = "fault"
 _IN_PLACE = "v7.4 future"
+_FUTURE = "future"
+_CONVERT = "KVM_GMEM_CONVERT_SHARED"
 
 _TABLE = (
     # Any ioctl
@@ -50,6 +52,42 @@ _TABLE = (
     Rule("create.flags", ("EINVAL",), _CREATE, 2, "a flag that this VM may not have", "uapi.md 6 [M] [O N14]"),
     Rule("create.size", ("EINVAL",), _CREATE, 3, "size is zero, negative or no multiple of a page", "[M] [O N1]"),
     Rule("fd.limit", ("EMFILE",), _CREATE, 4, "no descriptor is free", "get_unused_fd_flags [O N34]"),
+    Rule(
+        "create.huge_size",
+        ("EINVAL",),
+        _CREATE,
+        2,
+        "a page size without HUGETLB, or none that is offered",
+        "1G RFC v2 [P]",
+        _FUTURE,
+    ),
+    Rule(
+        "create.huge_unaligned",
+        ("EINVAL",),
+        _CREATE,
+        3,
+        "size is no multiple of the huge page",
+        "uapi.md 14 [P]",
+        _FUTURE,
+    ),
+    Rule(
+        "create.reservation",
+        ("ENOMEM",),
+        _CREATE,
+        8,
+        "too few huge pages are free and not reserved",
+        "uapi.md 14 [P]",
+        _FUTURE,
+    ),
+    Rule(
+        "create.cgroup",
+        ("ENOMEM",),
+        _CREATE,
+        9,
+        "the cgroup may not reserve as many huge pages",
+        "hugetlb_cgroup.c [M]",
+        _FUTURE,
+    ),
     Rule("create.nomem", ("ENOMEM",), _CREATE, 5, "the view cannot be allocated", "kvm_gmem_create [M]"),
     # KVM_SET_USER_MEMORY_REGION2
     Rule(
@@ -98,12 +136,57 @@ _TABLE = (
     Rule("attributes2.range", ("EINVAL",), _ATTRIBUTES2, 6, "size is zero, or offset + size wraps", "[P]", _IN_PLACE),
     Rule("attributes2.unaligned", ("EINVAL",), _ATTRIBUTES2, 7, "offset or size is not page aligned", "[P]", _IN_PLACE),
     Rule("attributes2.past_end", ("EINVAL",), _ATTRIBUTES2, 8, "the range is not inside the file", "[P]", _IN_PLACE),
-    Rule(
-        "convert.folio", ("EINVAL",), _ATTRIBUTES2, 8, "part of a huge folio; splitting is not built", "[I]", _IN_PLACE
-    ),
     Rule("convert.nomem", ("ENOMEM",), _ATTRIBUTES2, 9, "the new state cannot be stored", "[P]", _IN_PLACE),
     Rule("convert.busy", ("EAGAIN",), _ATTRIBUTES2, 10, "a page has references besides the file's", "[P]", _IN_PLACE),
     Rule("convert.bad_page", ("EHWPOISON",), _ATTRIBUTES2, 11, "a user could not unmap a page", "Q12 [I]", _IN_PLACE),
+    # huge pages, and the conversion calls that came with them
+    Rule(
+        "split.vmemmap",
+        ("ENOMEM",),
+        _ATTRIBUTES2,
+        9,
+        "no memory for the struct pages of a split",
+        "semantics.md 10 [P]",
+        _FUTURE,
+    ),
+    Rule(
+        "split.busy",
+        ("EAGAIN",),
+        _ATTRIBUTES2,
+        10,
+        "a huge folio that must be split is held",
+        "semantics.md 10 [P]",
+        _FUTURE,
+    ),
+    Rule("gmem_convert.off", ("ENOTTY",), _CONVERT, 1, "this ABI level has no huge pages", "uapi.md 14 [P]", _FUTURE),
+    Rule(
+        "gmem_convert.no_private_memory",
+        ("EINVAL",),
+        _CONVERT,
+        2,
+        "the VM's type has no private memory",
+        "[I]",
+        _FUTURE,
+    ),
+    Rule("gmem_convert.error_offset", ("EINVAL",), _CONVERT, 3, "error_offset is not zero", "1G RFC v2 [P]", _FUTURE),
+    Rule(
+        "gmem_convert.range",
+        ("EINVAL",),
+        _CONVERT,
+        4,
+        "offset + size wraps or is beyond the file",
+        "1G RFC v2 [P]",
+        _FUTURE,
+    ),
+    Rule(
+        "gmem_convert.unaligned",
+        ("EINVAL",),
+        _CONVERT,
+        5,
+        "offset or size is not page aligned",
+        "1G RFC v2 [P]",
+        _FUTURE,
+    ),
     # fallocate
     Rule("fallocate.range", ("EINVAL",), _FALLOCATE, 1, "offset is negative, or length not positive", "[M] [O F28]"),
     Rule("fallocate.mode", ("EOPNOTSUPP",), _FALLOCATE, 2, "unknown mode, or an illegal combination", "[M] [O F4]"),
@@ -112,6 +195,16 @@ _TABLE = (
     Rule("fallocate.unaligned", ("EINVAL",), _FALLOCATE, 5, "offset or length is not page aligned", "[M] [O F20]"),
     Rule("fallocate.past_end", ("EINVAL",), _FALLOCATE, 6, "allocating beyond the end of the file", "[M] [O F38]"),
     Rule("fallocate.interrupted", ("EINTR",), _FALLOCATE, 7, "a signal came; earlier pages stay", "[M]"),
+    Rule("pool.no_huge_page", ("ENOMEM",), _FALLOCATE, 8, "a huge page that was reserved went bad", "[I]", _FUTURE),
+    Rule(
+        "pool.cgroup",
+        ("ENOMEM",),
+        _FALLOCATE,
+        8,
+        "the cgroup may not use more huge pages",
+        "hugetlb_cgroup.c [M]",
+        _FUTURE,
+    ),
     Rule("pool.empty", ("ENOMEM",), _FALLOCATE, 8, "the host has no page left", "kvm_gmem_get_folio [M]"),
     Rule("backing.full", ("ENOMEM",), _FALLOCATE, 8, "the host cannot give the memory itself", "[I]"),
     Rule("punch.busy", ("EAGAIN",), _FALLOCATE, 9, "a huge folio in the hole is pinned", "semantics.md 10 [P]"),
@@ -174,6 +267,14 @@ _TABLE = (
     Rule("vcpu.exists", ("EEXIST",), "KVM_CREATE_VCPU", 1, "the VM has a vCPU of this number", "[M]"),
     Rule("create_vm.type", ("EINVAL",), "KVM_CREATE_VM", 0, "no such type of VM", "kvm_is_vm_type_supported [O C14]"),
     Rule("identity.exhausted", ("EBUSY",), "KVM_CREATE_VM", 1, "every ASID or HKID is in use", "sev_asid_new [M]"),
+    # guestmem simulate
+    Rule("trace.line", ("EINVAL",), "simulate", 1, "the line is not one event as JSON", "trace/events.py [I]"),
+    Rule("trace.file", ("EINVAL",), "simulate", 2, "the guest_memfd is not there, or was created before", "[I]"),
+    Rule("trace.range", ("EINVAL",), "simulate", 3, "no pages of the file, or no size of one", "trace_file.py [I]"),
+    Rule("trace.access", ("EINVAL",), "simulate", 4, "neither shared nor private", "trace_file.py [I]"),
+    Rule("trace.nothing", ("EINVAL",), "simulate", 5, "no guest_memfd is created in the trace", "trace_file.py [I]"),
+    Rule("generate.memory", ("EINVAL",), "simulate", 6, "1 GiB to 1 PiB in steps of 2 MiB", "generators [I]"),
+    Rule("costs.file", ("EINVAL",), "simulate", 7, "not a cost model as --show-costs prints it", "costs.py [I]"),
 )
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in _TABLE}

@@ -121,6 +121,20 @@ class MemoryAttributes2(Argument):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class GmemConvert(Argument):
+    """struct kvm_gmem_convert, proposed with the 1G series. `offset` is in the file."""
+
+    _LAYOUT = struct.Struct("<QQQ5Q")
+    SIZE = 64
+    ERROR_OFFSET_AT: ClassVar[int] = 16
+
+    offset: int
+    size: int
+    error_offset: int = 0
+    reserved: tuple[int, ...] = (0,) * 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PreFaultMemory(Argument):
     """struct kvm_pre_fault_memory. `gpa` and `size` come back advanced."""
 

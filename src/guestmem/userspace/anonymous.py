@@ -17,8 +17,9 @@ class AnonymousMemory:
     """
 
     def __init__(self, scheduler: Scheduler, pool: Pool, new_backing: Callable[[int], Backing], pages: int) -> None:
-        self.folios = Folios(scheduler, pool, new_backing(pages), 0, "anonymous")
+        self.folios = Folios(scheduler, pool, new_backing(pages), "anonymous")
         self.pages = pages
+        self._pool = pool
         self._scheduler = scheduler
         self._new_backing = new_backing
         self._areas = 0
@@ -52,7 +53,7 @@ class AnonymousMemory:
         self.folios.remove(pages)
 
     def copy_for_fork(self, area: Area) -> PageSource:
-        twin = AnonymousMemory(self._scheduler, self.folios.pool, self._new_backing, self.pages)
+        twin = AnonymousMemory(self._scheduler, self._pool, self._new_backing, self.pages)
         for run in self.folios.present_in(area.indices_of(area.vpns)):
             for index in map(PageIndex, range(run.start, run.end)):
                 twin._have(index)
@@ -62,6 +63,6 @@ class AnonymousMemory:
     def _have(self, index: PageIndex) -> None:
         page = Range(index, PageIndex(index + 1))
         if index not in self.folios.present:
-            self.folios.insert(page, self.folios.pool.allocate(1))
+            self.folios.insert(page, self._pool.allocate(1))
             self.folios.backing.zero(page)
             self.folios.set_uptodate(page)
