@@ -5,7 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("conversions", "faults", "fallocate", "attributes", "guest", "explorer", "untouched", "serve", "transports")
+ALL = (
+    "conversions",
+    "faults",
+    "fallocate",
+    "memory",
+    "attributes",
+    "guest",
+    "explorer",
+    "untouched",
+    "serve",
+    "transports",
+)
 
 
 def main() -> None:
