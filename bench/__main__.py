@@ -11,6 +11,7 @@ ALL = (
     "fallocate",
     "memory",
     "attributes",
+    "simulate",
     "guest",
     "explorer",
     "untouched",

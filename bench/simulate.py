@@ -1,0 +1,49 @@
+"""A guest of 1 TiB and 100,000 random conversions of 4 KiB, back and forth, in `guestmem simulate`.
+
+The subject is the provider's conversion in a file of 1G or 2M pages, with splits, merges and vmemmap books; the peer
+the same conversion in a file of 4K pages. Every row must end as it began.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from bench.harness import Row, report
+from guestmem.memory import Conversion, Split
+from guestmem.simulate import row as answer
+from guestmem.simulate.costs import default_costs
+from guestmem.simulate.generators import Generated
+from guestmem.simulate.run import Task, run_rows
+from guestmem.simulate.sizes import ORDER_OF, size_text
+from guestmem.simulate.source import survey
+
+SOURCE = Generated("random", 1 << 40, seed=1, count=100_000)
+ROUNDS = 3
+GOAL_US, GOAL_MIB = 50, 300
+
+
+def run() -> None:
+    surveyed = survey(SOURCE)
+    combinations = answer.combinations(
+        [ORDER_OF[name] for name in ("4k", "2m", "1g")], list(Split), [Conversion.ATOMIC]
+    )
+    tasks = [Task(SOURCE, surveyed, each, default_costs(), 20, None, True) for each in combinations]
+    rounds = [run_rows(tasks, 1, lambda row, done: None) for _ in range(ROUNDS)]
+    rows = []
+    for number, combination in enumerate(combinations[1:], 1):
+        pairs = [(each[number], each[0]) for each in rounds]
+        assert not any(subject.problems or peer.problems for subject, peer in pairs), "a row did not end as it began"
+        ratio = statistics.median(_us(subject) / _us(peer) for subject, peer in pairs)
+        state = max(subject.measured.state_bytes for subject, _ in pairs)
+        shown = f"{statistics.median(_us(subject) for subject, _ in pairs):.1f} us, {size_text(state)} of state"
+        rows.append(Row(combination.label, shown, f"{statistics.median(_us(peer) for _, peer in pairs):.1f} us", ratio))
+    title = f"1 TiB, 100,000 random 4K conversions (goals: under {GOAL_US} us each, under {GOAL_MIB} MiB)"
+    report(title, "a file of 4K pages", rows)
+
+
+def _us(row: answer.Row) -> float:
+    return row.measured.conversion_us_mean
+
+
+if __name__ == "__main__":
+    run()
