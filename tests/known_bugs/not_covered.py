@@ -25,6 +25,5 @@ NOT_COVERED = {
     "B62": "a VMM's bug, with the IOMMU",
     "B63": "a VMM's bug, with the IOMMU",
     "B68b": "a VMM's bug: nobody forbids a discard here",
-    "B69": "no subpool: huge pages",
     "B72": "IOMMU",
 }

@@ -23,6 +23,9 @@ NUMBERS = [
 ]
 """The entries of known_bugs.md."""
 
+OWN = {"H01", "H02", "H03", "H04", "H05"}
+"""What the posting of 1G pages leaves open or does in an order that can fail, each told in its mutant's file."""
+
 
 @pytest.mark.parametrize("name", MUTANTS, ids=lambda name: name.rpartition(":")[2])
 def test_found_by_a_property_that_it_breaks(name: str) -> None:
@@ -38,7 +41,7 @@ def test_every_entry_of_the_catalogue_is_a_mutant_or_says_what_it_waits_for() ->
     entries = {f"B{number:02d}" if isinstance(number, int) else f"B{number}" for number in NUMBERS}
     covered = {each.bug for each in MUTANTS.values()}
     assert covered.isdisjoint(NOT_COVERED)
-    assert covered | set(NOT_COVERED) == entries
+    assert covered | set(NOT_COVERED) == entries | OWN
 
 
 def test_a_file_each_named_after_its_entry() -> None:

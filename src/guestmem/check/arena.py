@@ -47,6 +47,7 @@ class Arena:
 class ArenaBacking:
     """`pages` pages from `base` on."""
 
+    kind = "arena"
     __slots__ = ("_base", "_dirty", "_pages")
 
     def __init__(self, base: int, pages: int) -> None:

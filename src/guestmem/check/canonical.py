@@ -24,7 +24,7 @@ from guestmem.kvm.identity import IdentityPool, VirtualMachine
 from guestmem.kvm.stage2 import Leaf, Stage2
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
-from guestmem.memory import File, FolioReference, Folios, HugePool, Inode, Page, Pool, Range, Subpool, Vmemmap
+from guestmem.memory import File, FolioReference, Folios, HugePool, Hugetlb, Inode, Page, Pool, Range, Subpool, Vmemmap
 from guestmem.memory.folio import PfnMap
 from guestmem.memory.notifier import Registration, Telling, Users
 from guestmem.memory.pool import Detached, Unit
@@ -40,6 +40,7 @@ CONSTANTS: dict[type, frozenset[str]] = {
     File: frozenset({"_release", "_release_takes", "_scheduler"}),
     Folios: frozenset({"_name", "_scheduler", "order", "source"}),
     HugePool: frozenset({"order", "pool", "vmemmap"}),
+    Hugetlb: frozenset({"_pool"}),
     Inode: frozenset({"abilities", "backing", "order", "orders", "pages", "policy", "scheduler", "source", "tracer"}),
     Kvm: frozenset({"environment", "level", "scheduler", "tracer", "vm_type"}),
     KvmGmemContext: frozenset(),

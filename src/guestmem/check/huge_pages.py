@@ -40,6 +40,11 @@ def broken_books(world: World) -> Iterator[str]:
                 f" {pool.free} free, {pool.used} in use"
             )
         whole += (pool.total + pool.retired) * split_cost(order, 0)
+    for inode in files:
+        for order, blocks in inode.folios.splits.split.items():
+            for number in blocks:
+                if number << order not in inode.folios.present:
+                    yield f"page {number << order:#x} of inode {inode.number} is split into folios and not there"
     if world.pool.retired:  # what a retired page was split into stays with it, and is in no book
         return
     given_back = sum(inode.folios.splits.cost(list(inode.folios.splits.split.items())) for inode in files)

@@ -320,7 +320,8 @@ class ZeroGhost:
 
 
 def snapshot(world: World) -> Hashable:
-    """What a refused operation must leave as it was (S15): access, pages present, bindings, slots and references.
+    """What a refused operation must leave as it was (S15): access, pages present, their folios, bindings, slots and
+    references.
 
     Mappings are not part of it: they may go at any time, and come back by a fault.
     """
@@ -332,6 +333,7 @@ def snapshot(world: World) -> Hashable:
             ),
             tuple(inode.folios.present),
             tuple(sorted(inode.folios.references.items())),
+            tuple((order, tuple(blocks)) for order, blocks in inode.folios.splits.split.items()),
         )
         for inode in world.inodes
         if not inode.destroyed

@@ -54,7 +54,12 @@ _arenas: list[Arena] = []
 
 
 class Machine(Host):
-    """What a scenario builds. `failures` is how many fallible steps may fail in one execution."""
+    """What a scenario builds. `failures` is how many fallible steps may fail in one execution.
+
+    Its huge pages are of 4 pages, which split into 2 and then into 1: every page can be looked at in every state.
+    """
+
+    orders = (2, 1, 0)
 
     script_engine: ClassVar[ScriptEngine] = ScriptedEngine
     """What executes the scripts of guests."""
@@ -90,10 +95,15 @@ class Machine(Host):
         """The machine's first VM; made when first asked for."""
         return Vm(self, self.vms[0], 0) if self.vms else self.create_vm(vm_type)
 
-    def gmem(self, pages: int = 1, *, init_shared: bool = True, mmap: bool = True, gpa: int | None = 0) -> Gmem:
-        """A file of the first VM, bound as slot 0 at `gpa` unless that is None."""
+    def gmem(
+        self, pages: int = 1, *, init_shared: bool = True, mmap: bool = True, gpa: int | None = 0, order: int = 0
+    ) -> Gmem:
+        """A file of the first VM, bound as slot 0 at `gpa` unless that is None; with `order`, of huge pages, of which
+        there are just as many as it needs."""
         vm = self.vm()
-        gmem = vm.create_guest_memfd(pages * PAGE_SIZE, mmap=mmap, init_shared=init_shared)
+        if order:
+            self.hugetlb.add(order, pages >> order)
+        gmem = vm.create_guest_memfd(pages * PAGE_SIZE, mmap=mmap, init_shared=init_shared, order=order)
         if gpa is not None:
             vm.set_memory_region(0, gpa, pages * PAGE_SIZE, gmem=gmem)
         return gmem
@@ -281,6 +291,7 @@ class Machine(Host):
             self.failures_left,
             self.logged,
             self.ghost,
+            self.hugetlb,
             self.pool,
         )
 
@@ -301,6 +312,7 @@ class Machine(Host):
         statistics = self.pool.statistics()
         for left, what in (
             (statistics.allocated - statistics.retired, "pages"),
+            (sum(pool.used + pool.reserved for pool in self.hugetlb.pools.values()), "huge pages"),
             (len(self.identities.live), "identities"),
             (sum(not kvm.destroyed for kvm in self.vms), "struct kvm"),
             (sum(not inode.destroyed for inode in self.inodes), "inodes"),

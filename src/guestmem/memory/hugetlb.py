@@ -208,11 +208,16 @@ class Hugetlb:
 
     def __init__(self, pool: Pool, pages: Mapping[int, int | Sequence[int]]) -> None:
         """`pages`: order to how many there are, or how many each node has. Raises: Refusal ENOMEM `pool.empty`."""
+        self._pool = pool
         self.vmemmap = Vmemmap(pool)
-        self.pools = {
-            order: HugePool(pool, self.vmemmap, order, [count] if isinstance(count, int) else count)
-            for order, count in sorted(pages.items())
-        }
+        self.pools: dict[int, HugePool] = {}
+        for order, nodes in sorted(pages.items()):
+            self.add(order, nodes)
+
+    def add(self, order: int, nodes: int | Sequence[int]) -> None:
+        """Set aside huge pages of an order that has none yet. Raises: Refusal ENOMEM `pool.empty`."""
+        assert order not in self.pools, "this order has its huge pages"
+        self.pools[order] = HugePool(self._pool, self.vmemmap, order, [nodes] if isinstance(nodes, int) else nodes)
 
     def subpool(self, order: int, count: int) -> Subpool:
         """Raises: Refusal ENOMEM `create.reservation`, `create.cgroup`."""
