@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import random
 import subprocess
@@ -19,6 +18,7 @@ from guestmem.memory.backing import JUNK
 from guestmem.memory.host_pages import host_pages, more_host_pages
 from guestmem.memory.huge_backing import HugetlbBacking, ThpBacking, new_huge_backing
 from guestmem.memory.pages import ORDER_1G, ORDER_2M, PageRange
+from tests.host_pages import one_at_a_time
 
 HUGE = 1 << ORDER_2M
 SHMEM_POLICY = Path("/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled")
@@ -27,17 +27,6 @@ KINDS = ("memfd", "memfd+THP", "hugetlb 2M")
 
 def pages(start: int, end: int) -> PageRange:
     return Range(PageIndex(start), PageIndex(end))
-
-
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """The host's pools and policies are everybody's."""
-    fd = os.open("/sys/kernel/mm/hugepages", os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ REQUEST = struct.Struct("<IIQQQQQ")
 ANSWER = struct.Struct("<IiqQQQQ")
 
 HELLO, OPEN, IDENTIFY, IOCTL, RUN_FD, MMAP_CHECK, MMAP_DONE, UNMAP, MOVED, PROTECT = range(1, 11)
-DISCARD, FALLOCATE, REMOVE, SYNC, GUARD, CANCEL, UPCALL_DONE = range(11, 18)
+DISCARD, FALLOCATE, REMOVE, SYNC, GUARD, CANCEL, UPCALL_DONE, STAT = range(11, 19)
 ZAP, READ, WRITE, REPLACE, WATCH, OVERLAY, UNCOVER, PRIVATE, FD = range(1, 10)
 HELLO_FORKED = 2
 KVM, VM, VCPU, GMEM, GUP_TEST = range(1, 6)
@@ -217,6 +217,8 @@ class FakeServer:
             return Answer(error=EINVAL if request.c & mmap.MAP_PRIVATE else 0)
         if request.op == FALLOCATE:
             return Answer(error=EINTR if self.run_time and channel.cancelled(self.run_time) else 0)
+        if request.op == STAT:
+            return Answer(a=4096)
         if request.op == SYNC:
             self._collect_released()
         elif request.op == GUARD:

@@ -12,11 +12,13 @@ from typing import Annotated, TextIO
 
 import typer
 
+from guestmem.cli.huge_pages import page_counts, policy_of, shortages
 from guestmem.cli.run_report import print_report
+from guestmem.memory.host_pages import more_host_pages
 from guestmem.serve import launch
 from guestmem.serve.seccomp.start import CannotTrace
 from guestmem.serve.server import Server
-from guestmem.trace import json_writer, text_writer
+from guestmem.trace import Refusal, json_writer, text_writer
 from guestmem.uapi.levels import LEVELS
 
 _NOT_FOUND, _NOT_EXECUTABLE, _CANNOT = 127, 126, 125
@@ -31,6 +33,16 @@ def run(
     transport: Annotated[
         launch.Transport, typer.Option(help="How its calls come here; auto is seccomp for static programs.")
     ] = launch.Transport.AUTO,
+    hugepages: Annotated[
+        str | None, typer.Option(metavar="2M=N,1G=N", help="How many huge pages there are; as many as you like.")
+    ] = None,
+    huge_policy: Annotated[
+        str, typer.Option(metavar="lazy|whole,atomic|stepwise", help="How huge pages are split and converted.")
+    ] = "lazy,atomic",
+    reserve_host_pages: Annotated[
+        str | None,
+        typer.Option(metavar="2M=N,1G=N", help="Have this machine set aside huge pages meanwhile, as root."),
+    ] = None,
 ) -> None:
     """Run a KVM program on a software /dev/kvm with guest_memfd as of an ABI level.
 
@@ -42,8 +54,22 @@ def run(
     path = shutil.which(command[0])
     if path is None:
         raise _failure(f"{command[0]}: not found", _NOT_FOUND)
+    try:
+        counts = None if hugepages is None else page_counts(hugepages)
+        policy = policy_of(huge_policy)
+        reserved = page_counts(reserve_host_pages or "")
+    except ValueError as error:
+        raise _failure(str(error)) from None
     with ExitStack() as stack:
-        server = launch.make_server(level)
+        try:
+            got = stack.enter_context(more_host_pages(reserved))
+        except OSError as error:
+            raise _failure(f"huge pages of this machine: {error.strerror}") from None
+        try:
+            server = launch.make_server(level, counts, policy)
+        except Refusal as refusal:
+            raise _failure(f"so many huge pages cannot be: {refusal}") from None
+        server.report.notes += shortages(reserved, got)
         if trace is not None:
             _trace(server, stack.enter_context(trace.open("w")), json=trace.suffix.startswith(".json"))
         try:

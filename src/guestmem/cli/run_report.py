@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from guestmem.memory import PAGE_SIZE
+from guestmem.memory import PAGE_SIZE, InodeStatistics
 from guestmem.serve.ioctl_names import ioctl_name
 from guestmem.serve.report import Report
 
@@ -30,6 +30,8 @@ def print_report(report: Report) -> None:
             console.print(Text(f"  {count:>6} x {ioctl_name(request)} on {on}"))
     if report.memory:
         console.print(_memory(report))
+    if huge := [memory for memory in report.memory if memory.order]:
+        console.print(_huge_pages(huge))
     if report.left_open:
         left = ", ".join(f"{count} x {kind}" for kind, count in report.left_open.most_common())
         console.print(Text(f"never closed, but by the end of their process: {left}"))
@@ -76,6 +78,20 @@ def _memory(report: Report) -> Table:
         )
     if len(report.memory) > _SHOWN:
         table.add_row(f"{len(report.memory) - _SHOWN} more")
+    return table
+
+
+def _huge_pages(memories: list[InodeStatistics]) -> Table:
+    """What is to be said of files of huge pages besides; the first dozen."""
+    table = Table(title="of huge pages", box=None, title_justify="left", title_style="bold")
+    for column in ("inode", "huge pages of", "host memory", "split", "merged"):
+        table.add_column(column, justify="right")
+    for memory in memories[:_SHOWN]:
+        splits = ", ".join(f"{_bytes(PAGE_SIZE << order)} {count}" for order, count in sorted(memory.splits.items()))
+        merges = ", ".join(f"{_bytes(PAGE_SIZE << order)} {count}" for order, count in sorted(memory.merges.items()))
+        table.add_row(str(memory.number), _bytes(PAGE_SIZE << memory.order), memory.memory, splits, merges)
+    if len(memories) > _SHOWN:
+        table.add_row(f"{len(memories) - _SHOWN} more")
     return table
 
 

@@ -40,6 +40,11 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 class Backing(Protocol):
     """What the provider needs of memory: place, populate, free, zero, and keep a copy for a holder."""
 
+    @property
+    def kind(self) -> str:
+        """What memory it is, for the reader."""
+        ...
+
     def hva(self, index: PageIndex) -> int:
         """The server's address of a page's first byte."""
         ...
@@ -72,7 +77,7 @@ class Backing(Protocol):
 
 
 class MemfdBacking:
-    """A memfd of `pages` pages. `name` shows in /proc/PID/fd. `kind` says what the memory is."""
+    """A memfd of `pages` pages. `name` shows in /proc/PID/fd."""
 
     kind = "memfd"
 

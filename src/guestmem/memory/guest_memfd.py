@@ -345,6 +345,7 @@ class Inode:
             folios=self.folios.splits.folios(len(self.folios.present)),
             splits=dict(self._splits),
             merges=dict(self._merges),
+            memory=self.backing.kind,
         )
 
     def check(self) -> None:

@@ -82,6 +82,7 @@ class InodeStatistics:
     """Pages of 4 KiB; counts since creation. `faults` by kind of user and access, `invalidations` by reason.
 
     `folios` has how many there are now, `splits` how many were split and `merges` how many came of merging, by order.
+    `memory` is what the host has behind it: hugetlb 2M, memfd+THP, memfd, ...
     """
 
     number: int
@@ -97,3 +98,4 @@ class InodeStatistics:
     folios: dict[int, int]
     splits: dict[int, int]
     merges: dict[int, int]
+    memory: str

@@ -29,14 +29,29 @@ static mode_t shown_mode(enum kind kind)
     }
 }
 
+struct blocks {
+    uint64_t size, count; /* of 512 bytes */
+};
+
+/* A file of huge pages says how large they are and how many are there. */
+static struct blocks blocks_of(const struct file *file)
+{
+    struct call call = {.request = {.op = OP_STAT, .file = file->id}};
+    if (file->kind != KIND_GMEM || call_server(&call))
+        return (struct blocks){4096, 0};
+    return (struct blocks){call.answer.a, call.answer.b};
+}
+
 /* Only what was asked of a descriptor, or is known already: nobody is asked because of somebody's stat(). */
-static void show(struct stat *status, enum kind kind)
+static void show(struct stat *status, const struct file *file, enum kind kind)
 {
     if (kind == KIND_NONE)
         return;
+    struct blocks blocks = file ? blocks_of(file) : (struct blocks){4096, 0};
     status->st_mode = shown_mode(kind);
     status->st_nlink = 1;
-    status->st_blocks = 0;
+    status->st_blksize = (blksize_t)blocks.size;
+    status->st_blocks = (blkcnt_t)blocks.count;
     if (kind == KIND_KVM)
         status->st_rdev = makedev(MISC_MAJOR, KVM_MINOR);
 }
@@ -46,7 +61,7 @@ static int stat_descriptor(int fd, struct stat *status)
     struct file file;
     long result = sys(SYS_fstat, fd, status);
     if (!result && file_marked(fd))
-        show(status, file_of_stat(status, &file, true));
+        show(status, &file, file_of_stat(status, &file, true));
     return (int)libc_result(result);
 }
 
@@ -55,10 +70,10 @@ static int stat_path(int directory, const char *path, struct stat *status, int f
     struct file file;
     long result = sys(SYS_newfstatat, directory, path, status, flags);
     if (!result && process.memfd_device)
-        show(status, file_of_stat(status, &file, false));
+        show(status, &file, file_of_stat(status, &file, false));
     if (result == -ENOENT && path_is_device(path)) { /* a machine without one */
         *status = (struct stat){.st_blksize = 4096};
-        show(status, KIND_KVM);
+        show(status, NULL, KIND_KVM);
         return 0;
     }
     return (int)libc_result(result);
@@ -132,11 +147,13 @@ long call_statx(int directory, const char *path, int flags, unsigned mask, struc
     enum kind kind = file_of_stat(&plain, &file, file_marked(directory));
     if (kind == KIND_NONE)
         return 0;
+    struct blocks blocks = blocks_of(&file);
+    status->stx_blksize = (uint32_t)blocks.size;
     status->stx_mask &= STATX_SHOWN;
     status->stx_attributes = 0;
     status->stx_mode = (uint16_t)shown_mode(kind);
     status->stx_nlink = 1;
-    status->stx_blocks = 0;
+    status->stx_blocks = blocks.count;
     status->stx_btime = (struct statx_timestamp){0};
     return 0;
 }

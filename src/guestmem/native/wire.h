@@ -23,6 +23,7 @@ enum wire_op {
     OP_GUARD,
     OP_CANCEL,
     OP_UPCALL_DONE,
+    OP_STAT,
 };
 
 enum wire_upcall {

@@ -11,7 +11,14 @@ from collections.abc import Callable
 
 from guestmem.kvm.gmem import supported_flags
 from guestmem.kvm.vm import Kvm
-from guestmem.uapi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_USER_MEM_SLOTS, VmType
+from guestmem.uapi.kvm import (
+    GUEST_MEMFD_FLAG_HUGETLB,
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    KVM_USER_MEM_SLOTS,
+    VmType,
+)
 from guestmem.uapi.levels import AbiLevel
 
 MAX_VCPUS = 64
@@ -72,9 +79,12 @@ def _memory_attributes(level: AbiLevel, kvm: Kvm | None) -> int:
 
 
 def _guest_memfd_flags(level: AbiLevel, kvm: Kvm | None) -> int:
+    if kvm is not None:
+        return supported_flags(kvm)
     if not level.mmap:
         return 0
-    return supported_flags(kvm) if kvm is not None else 3
+    flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
+    return flags | GUEST_MEMFD_FLAG_HUGETLB if level.hugetlb else flags
 
 
 def _gmem_attributes(level: AbiLevel, kvm: Kvm | None) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
-from guestmem.memory import File, InodeStatistics, MemfdBacking
+from guestmem.memory import PAGE_SIZE, File, InodeStatistics, MemfdBacking
 from guestmem.serve.gmem_mappings import GmemMappings
 from guestmem.serve.kvm_run import CoalescedRing, KvmRun
 from guestmem.serve.wire import FileKind
@@ -88,6 +88,14 @@ class GmemFile(ServedFile):
         self.last_words: InodeStatistics | None = None
         self.file = file
         self.mappings = GmemMappings(file.inode, file.inode.backing.fd)
+
+    async def blocks(self) -> tuple[int, int]:
+        """st_blksize, st_blocks. A file of huge pages says how many are there; any other says what Linux 6.18 says."""
+        inode = self.file.inode
+        if not inode.order:
+            return PAGE_SIZE, 0
+        await self.mappings.learn()
+        return PAGE_SIZE << inode.order, inode.statistics().allocated * PAGE_SIZE // 512
 
     async def release(self) -> None:
         """A mapping that is left belongs to a client that has ended, or a descriptor would be left too."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from guestmem.serve import gup_test
 from guestmem.uapi import kvm
 
+_TYPES = (kvm.KVMIO, 0xAF, ord("g"))
 _NAMES = {
     value: name
     for module in (kvm, gup_test)
     for name, value in vars(module).items()
-    if isinstance(value, int) and name.startswith(("KVM_", "PIN_")) and (value >> 8 & 0xFF) in (kvm.KVMIO, ord("g"))
+    if isinstance(value, int)
+    and name.startswith(("KVM_", "PIN_"))
+    and (value >> 8 & 0xFF) in (kvm.KVMIO, 0xAF, ord("g"))
 }
 
 

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from guestmem.host import Host
+from guestmem.memory import HugePolicy
+from guestmem.memory.pages import ORDER_1G, ORDER_2M
 from guestmem.native import shim_path
 from guestmem.serve.report import Report
 from guestmem.serve.requests import HANDLERS
@@ -36,10 +38,25 @@ class NoShim(Exception):
     """The native part was not built: no compiler was there at installation."""
 
 
-def make_server(level: AbiLevel) -> Server:
+_MEMORY = 1 << 52
+_HUGE_PAGES = {ORDER_2M: _MEMORY >> 2 + 21, ORDER_1G: _MEMORY >> 1 + 30}
+"""A quarter of the memory and half of it. Counts only: what memory there is behind them is the machine's matter."""
+
+
+def make_server(
+    level: AbiLevel, huge_pages: Mapping[int, int] | None = None, huge_policy: HugePolicy | None = None
+) -> Server:
     """A host of its own with a server for it. Nothing is scarce on it: the memory is the machine's own, and the VM
-    types that there are need no ASID."""
-    return Server(Host(level=level, memory=1 << 52, identities=1 << 31), HANDLERS, Report())
+    types that there are need no ASID. `huge_pages`: how many of each order there are, if they are to be scarce."""
+    host = Host(
+        level=level,
+        memory=_MEMORY,
+        identities=1 << 31,
+        hugepages=_HUGE_PAGES if huge_pages is None else huge_pages,
+        huge_policy=huge_policy or HugePolicy(),
+        clients=True,
+    )
+    return Server(host, HANDLERS, Report())
 
 
 def run(server: Server, command: Sequence[str], transport: Transport = Transport.AUTO) -> int:

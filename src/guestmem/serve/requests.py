@@ -146,6 +146,11 @@ async def _remove(call: Call) -> int:
     return 0
 
 
+async def _stat(call: Call) -> int:
+    call.a, call.b = await _gmem(call).blocks()
+    return 0
+
+
 async def _sync(call: Call) -> int:
     await call.server.sync()
     return 0
@@ -174,5 +179,6 @@ HANDLERS: dict[int, Handler] = {
     Op.FALLOCATE: _fallocate,
     Op.REMOVE: _remove,
     Op.SYNC: _sync,
+    Op.STAT: _stat,
     Op.GUARD: _guard,
 }

@@ -42,6 +42,7 @@ class Op(enum.IntEnum):
     GUARD = 15
     CANCEL = 16
     UPCALL_DONE = 17
+    STAT = 18
 
 
 class Upcall(enum.IntEnum):

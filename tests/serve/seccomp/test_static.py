@@ -21,6 +21,7 @@ CLIENTS = (
     ("conversions", "v7.4"),
     ("misuse", "v6.18"),
     ("machine", "future"),
+    ("huge", "future"),
     ("killed", "future"),
     ("calls", "v6.18"),
     ("threads", "v6.18"),

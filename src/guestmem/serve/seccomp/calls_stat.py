@@ -13,7 +13,7 @@ from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.calls_open import DEVICES, path_at
 from guestmem.serve.seccomp.descriptors import as_int, file_at
 from guestmem.serve.seccomp.numbers import Nr
-from guestmem.serve.seccomp.tracee import Tracee, Work
+from guestmem.serve.seccomp.tracee import NATIVE, Result, Tracee, Work
 from guestmem.serve.seccomp.user_memory import write_memory
 from guestmem.serve.wire import FileKind
 from guestmem.uapi.kvm import GUEST_MEMFD_MAGIC
@@ -27,6 +27,9 @@ _STATX_SHOWN = 0x17FF
 _KVM_DEVICE = os.makedev(10, 232)
 _ANON_INODE_FS, _ST_VALID = 0x09041934, 0x20
 _BLOCK = 4096
+Blocks = tuple[int, int]
+"""st_blksize and st_blocks."""
+_EMPTY: Blocks = (_BLOCK, 0)
 _MODES = {
     FileKind.KVM: stat.S_IFCHR | 0o660,
     FileKind.VM: 0o600,
@@ -39,6 +42,12 @@ _MODES = {
 def _found(tracee: Tracee, fd: int) -> os.stat_result:
     """What is behind a file of ours. Raises: OSError."""
     return os.stat(f"/proc/{tracee.tid}/fd/{as_int(fd)}")
+
+
+async def _with_blocks(file: GmemFile, show: Callable[[Blocks], int | None]) -> Result:
+    """Show a file of huge pages, once it is known how many are there."""
+    result = show(await file.blocks())
+    return NATIVE if result is None else result
 
 
 def _mount(tracee: Tracee, fd: int) -> int:
@@ -61,7 +70,7 @@ def _stat_path(tracee: Tracee, call: SystemCall) -> Work:
     return _show(tracee, -1, None, call.arguments[1]) if path_at(tracee, call.arguments[0]) in DEVICES else None
 
 
-def _by_fd_or_path(tracee: Tracee, fd: int, path: int, show: Callable[[ServedFile | None], int | None]) -> Work:
+def _by_fd_or_path(tracee: Tracee, fd: int, path: int, show: Callable[[ServedFile | None], Work]) -> Work:
     """A name of a device on a machine that has none; or no name, but a descriptor of ours."""
     name = path_at(tracee, path)
     if name:
@@ -71,8 +80,14 @@ def _by_fd_or_path(tracee: Tracee, fd: int, path: int, show: Callable[[ServedFil
     return show(file) if file is not None else None
 
 
-def _show(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> int | None:
+def _show(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> Work:
     """struct stat."""
+    if isinstance(file, GmemFile) and file.file.inode.order:
+        return _with_blocks(file, lambda blocks: _show_stat(tracee, fd, file, buffer, blocks))
+    return _show_stat(tracee, fd, file, buffer)
+
+
+def _show_stat(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int, blocks: Blocks = _EMPTY) -> int | None:
     kind = FileKind.KVM if file is None else file.kind
     device = _KVM_DEVICE if kind == FileKind.KVM else 0
     if file is None:
@@ -85,7 +100,7 @@ def _show(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> int 
         times = (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)
         seconds = [part for time in times for part in divmod(time, 10**9)]
         owner = (1, _MODES[kind], s.st_uid, s.st_gid, 0)
-        data = _STAT.pack(s.st_dev, s.st_ino, *owner, device, s.st_size, _BLOCK, 0, *seconds)
+        data = _STAT.pack(s.st_dev, s.st_ino, *owner, device, s.st_size, *blocks, *seconds)
     return 0 if write_memory(tracee.tid, buffer, data) else -errno.EFAULT
 
 
@@ -94,8 +109,14 @@ def _statx(tracee: Tracee, call: SystemCall) -> Work:
     return _by_fd_or_path(tracee, fd, path, lambda file: _show_statx(tracee, fd, file, buffer))
 
 
-def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> int | None:
+def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -> Work:
     """struct statx."""
+    if isinstance(file, GmemFile) and file.file.inode.order:
+        return _with_blocks(file, lambda blocks: _show_more(tracee, fd, file, buffer, blocks))
+    return _show_more(tracee, fd, file, buffer)
+
+
+def _show_more(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int, blocks: Blocks = _EMPTY) -> int | None:
     kind = FileKind.KVM if file is None else file.kind
     device = _KVM_DEVICE if kind == FileKind.KVM else 0
     devices = (os.major(device), os.minor(device))
@@ -110,7 +131,8 @@ def _show_statx(tracee: Tracee, fd: int, file: ServedFile | None, buffer: int) -
         none, access, change, modify = (
             _TIME.pack(*divmod(time, 10**9)) for time in (0, s.st_atime_ns, s.st_ctime_ns, s.st_mtime_ns)
         )
-        head = (_STATX_SHOWN, _BLOCK, 0, 1, s.st_uid, s.st_gid, _MODES[kind], 0, s.st_ino, s.st_size, 0, 0)
+        size, count = blocks
+        head = (_STATX_SHOWN, size, 0, 1, s.st_uid, s.st_gid, _MODES[kind], 0, s.st_ino, s.st_size, count, 0)
         place = (os.major(s.st_dev), os.minor(s.st_dev), _mount(tracee, fd))
         data = _STATX.pack(*head, access, none, change, modify, *devices, *place)
     return 0 if write_memory(tracee.tid, buffer, data) else -errno.EFAULT
