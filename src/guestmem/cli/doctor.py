@@ -15,6 +15,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from guestmem.cli.huge_pages import SIZES
+from guestmem.memory.host_pages import host_pages
+from guestmem.memory.huge_backing import new_huge_backing
+from guestmem.memory.pages import ORDER_2M
 from guestmem.native import shim_path
 
 _USERFAULTFD, _SECCOMP = 323, 317  # x86-64
@@ -89,11 +93,25 @@ def _kvm() -> Finding:
 
 
 def _huge_pages() -> Finding:
-    pools = Path("/sys/kernel/mm/hugepages")
-    sizes = sorted(pool.name.removeprefix("hugepages-") for pool in pools.glob("hugepages-*")) if pools.exists() else []
-    reserved = {size: _read(pools / f"hugepages-{size}" / "nr_hugepages") for size in sizes}
-    says = ", ".join(f"{size}: {count} reserved" for size, count in reserved.items())
-    return Finding("huge pages", None, says or "none in this kernel")
+    """What a file of huge pages would be made of here and now, by making one."""
+    pools = []
+    files = []
+    for size, order in SIZES.items():
+        pool = host_pages(order)
+        if pool is not None:
+            pools.append(f"{size}: {pool.total} reserved, {pool.available} free")
+        files.append(f"a file of {size} pages is {_memory_of(order, mappable=False)}")
+    files.append(f"one that clients may map is {_memory_of(ORDER_2M, mappable=True)}")
+    says = "; ".join((", ".join(pools) or "none in this kernel", *files))
+    return Finding("huge pages", True if "hugetlb" in says or "THP" in says else None, says)
+
+
+def _memory_of(order: int, mappable: bool) -> str:
+    backing = new_huge_backing(1 << order, "guestmem:doctor", order, mappable=mappable)
+    try:
+        return backing.kind
+    finally:
+        backing.close()
 
 
 def _nodes() -> Finding:
