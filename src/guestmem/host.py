@@ -21,6 +21,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from guestmem.cpu.engine import Engine, GuestMemory
+from guestmem.iommu import DmaDevice, Iommu
+from guestmem.iommu.script import IommuHandle
 from guestmem.kvm.addresses import gfn_of
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.exits import Exit, HltExit, ShutdownExit
@@ -109,6 +111,7 @@ class Host:
         self.process = self.userspace.spawn()
         self.inodes: list[Inode] = []
         self.vms: list[Kvm] = []
+        self.iommu = Iommu(self.scheduler, self.tracer)
         self._debug = debug
         self._clients = clients
         self.environment = KvmEnvironment(
@@ -139,6 +142,14 @@ class Host:
         fd = self.process.fds.reserve()
         self.process.fds.install(fd, kvm)
         return Vm(self, kvm, fd)
+
+    def open_iommu(self) -> IommuHandle:
+        """open("/dev/iommu")."""
+        return IommuHandle(self.run, self.iommu.open(), self.process.mm, self.process.fds)
+
+    def new_dma_device(self, *, page_requests: bool = True) -> DmaDevice:
+        """Plug a device in. `page_requests`: it can ask for pages that it finds not mapped."""
+        return self.iommu.new_device(page_requests)
 
     def new_inode(self, *, size: int, abilities: Abilities, owner: Owner | None = None, order: int = 0) -> Inode:
         """An inode without a KVM: what the provider can do by itself (R13). Bytes; `order` is that of its huge pages.
@@ -206,6 +217,7 @@ class Host:
         for kvm in self.vms:
             kvm.check()
         self.process.mm.check()
+        self.iommu.check()
 
     def _new_pool(self, pages: int) -> Pool:
         return Pool(pages)

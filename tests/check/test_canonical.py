@@ -22,7 +22,7 @@ from guestmem.sched import Fingerprinter, Rules
 SOURCE = Path(inspect.getfile(guestmem)).parent
 PRODUCT = [
     ast.parse(path.read_text(), filename=str(path))
-    for room in ("memory", "kvm", "userspace", "sched")
+    for room in ("memory", "kvm", "userspace", "iommu", "sched")
     for path in sorted((SOURCE / room).glob("*.py"))
 ]
 
@@ -90,7 +90,7 @@ def test_a_noted_sequence_is_kept_only_where_the_rules_look() -> None:
 def test_every_function_of_the_rules_exists() -> None:
     names = set()
     for module in pkgutil.walk_packages(guestmem.__path__, "guestmem."):
-        if module.name.split(".")[1] in ("memory", "kvm", "userspace", "sched", "check"):
+        if module.name.split(".")[1] in ("memory", "kvm", "userspace", "iommu", "sched", "check"):
             for function in _functions(importlib.import_module(module.name)):
                 names.add(function)
     assert set(FRAMES) <= names
@@ -115,6 +115,7 @@ def _raw(machine: Machine) -> bytes:
         machine.inodes,
         machine.vms,
         machine.userspace,
+        machine.iommu,
         machine.identities,
         machine.tasks,
         machine.answers,

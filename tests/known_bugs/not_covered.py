@@ -19,11 +19,6 @@ NOT_COVERED = {
     "B47": "SNP and the IOMMU",
     "B49": "TDX",
     "B50": "TDX",
-    "B55": "IOMMU",
-    "B57": "IOMMU",
-    "B59": "IOMMU",
     "B62": "a VMM's bug, with the IOMMU",
-    "B63": "a VMM's bug, with the IOMMU",
     "B68b": "a VMM's bug: nobody forbids a discard here",
-    "B72": "IOMMU",
 }

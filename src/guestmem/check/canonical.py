@@ -19,6 +19,9 @@ from guestmem.check.arena import ARENA_SIZE
 from guestmem.check.invariants import snapshot
 from guestmem.cpu.engine import Translation
 from guestmem.cpu.scripted import ScriptedEngine
+from guestmem.iommu import DmaDevice, Domain, Ioas, Iommu
+from guestmem.iommu.areas import PinnedPages
+from guestmem.iommu.leaves import GmemLeaf, Iotlb
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.identity import IdentityPool, VirtualMachine
 from guestmem.kvm.stage2 import Leaf, Stage2
@@ -37,15 +40,20 @@ from guestmem.userspace.area import Pte
 CONSTANTS: dict[type, frozenset[str]] = {
     AddressSpace: frozenset({"_scheduler", "_tracer"}),
     AnonymousMemory: frozenset({"_new_backing", "_pool", "_scheduler", "pages"}),
+    DmaDevice: frozenset({"_scheduler", "_tracer", "page_requests"}),
+    Domain: frozenset({"_orders", "_scheduler", "_tracer", "access"}),
     File: frozenset({"_release", "_release_takes", "_scheduler"}),
     Folios: frozenset({"_name", "_scheduler", "order", "source"}),
     HugePool: frozenset({"order", "pool", "vmemmap"}),
     Hugetlb: frozenset({"_pool"}),
     Inode: frozenset({"abilities", "backing", "order", "orders", "pages", "policy", "scheduler", "source", "tracer"}),
+    Ioas: frozenset({"orders", "scheduler", "tracer"}),
+    Iommu: frozenset({"orders", "scheduler", "tracer"}),
     Kvm: frozenset({"environment", "level", "scheduler", "tracer", "vm_type"}),
     KvmGmemContext: frozenset(),
     Lock: frozenset({"_acquire", "_scheduler", "lock_class", "name"}),
     Pin: frozenset({"_pins", "_tracer"}),
+    PinnedPages: frozenset({"_pin_one", "writable"}),
     RefCount: frozenset({"_scheduler", "name"}),
     Registration: frozenset({"_users"}),
     RwLock: frozenset({"_scheduler", "exclusive", "lock_class", "name", "shared"}),
@@ -62,6 +70,8 @@ CONSTANTS: dict[type, frozenset[str]] = {
 """Set by `__init__` alone, and the same in every execution of a scenario for the object that has them."""
 
 STATISTICS: dict[type, frozenset[str]] = {
+    DmaDevice: frozenset({"fault_counts"}),
+    Domain: frozenset({"_hits", "_walks"}),
     Inode: frozenset({"_faults", "_merges", "_splits", "conversions"}),
     Users: frozenset({"invalidations"}),
     Vcpu: frozenset({"exits"}),
@@ -117,6 +127,19 @@ def _leaf(walk: Walk, leaf: Leaf) -> None:
     walk.out += (leaf.gfn, leaf.order, leaf.writable)
     for inside in range(1 << leaf.order):
         _rename(walk, leaf.pfn + inside)
+
+
+def _gmem_leaf(walk: Walk, leaf: GmemLeaf) -> None:
+    walk.out += (leaf.page, leaf.order, leaf.readable, leaf.writable, leaf.inode.number, leaf.first)
+    for inside in range(1 << leaf.order):
+        _rename(walk, leaf.pfn + inside)
+
+
+def _iotlb(walk: Walk, iotlb: Iotlb) -> None:
+    """In the order of pages: nothing is dropped for want of room in a machine this small."""
+    for leaf in sorted(iotlb.leaves(), key=lambda leaf: leaf.page):
+        walk.value(leaf)
+    walk.out.append(None)
 
 
 def _page(walk: Walk, page: Page) -> None:
@@ -201,6 +224,12 @@ def _page_fault(variables: dict[str, Any]) -> dict[str, Any]:
     return variables
 
 
+def _map_page(variables: dict[str, Any]) -> dict[str, Any]:
+    if "seen" in variables:
+        variables["seen"] = not variables["domain"].window.sequence.moved_since(variables["seen"])
+    return variables
+
+
 def _synchronize(variables: dict[str, Any]) -> dict[str, Any]:
     if "before" in variables:
         variables["before"] -= variables["self"].epoch
@@ -232,6 +261,7 @@ FRAMES = {
     "Machine._act": _act,
     "_answer": _act,
     "Machine._guarded": _guarded,
+    "IommuGmemContext.map_page": _map_page,
     "page_fault": _page_fault,
     "Srcu.synchronize": _synchronize,
     "WaitQueue.wait_until": _wait_until,
@@ -248,6 +278,8 @@ def rules() -> Rules:
         describe={
             Pte: _pte,
             Leaf: _leaf,
+            GmemLeaf: _gmem_leaf,
+            Iotlb: _iotlb,
             Page: _page,
             PfnMap: _pfn_map,
             FolioReference: _reference,

@@ -71,6 +71,8 @@ class Ghost:
                 self._found[self._task()] = (seen.pfn, self._pool.life.get(seen.pfn, 0))
             case event.KvmMap():
                 self._mapped(seen)
+            case event.IommuMap():
+                self._mapped_for_device(seen)
             case event.KvmPageFault():
                 self._found.pop(self._task(), None)
             case event.GmemFolioZero():
@@ -93,6 +95,14 @@ class Ghost:
         if pfn == seen.pfn and life != self._pool.life[pfn]:
             raise Violation(
                 "S3", f"vm {seen.vm} maps pfn {pfn} at gfn {seen.gfn:#x}, looked up in an earlier life of it"
+            )
+
+    def _mapped_for_device(self, seen: event.IommuMap) -> None:
+        first, life = self._found.get(self._task(), (0, 0))
+        if seen.pfn <= first < seen.pfn + (1 << seen.order) and life != self._pool.life[first]:
+            raise Violation(
+                "S3",
+                f"domain {seen.domain} maps pfn {first} at {seen.page << 12:#x}, looked up in an earlier life of it",
             )
 
     def _zero(self, seen: event.GmemFolioZero) -> None:

@@ -17,17 +17,21 @@ from collections.abc import Callable, Hashable, Iterator
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+from guestmem.check.devices import freed_pages, open_windows, stale_translations, unfit_leaves
 from guestmem.check.huge_pages import broken_books, shared_huge_folios
 from guestmem.check.world import (
     World,
     anonymous_folios,
     contexts,
+    device_mappings,
     guest_mappings,
     host_mappings,
     live_vms,
     mappings,
     pinned,
+    references,
 )
+from guestmem.iommu.context import IommuGmemContext
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.memory import PAGE_SHIFT, Access, PageIndex, Range
@@ -102,7 +106,8 @@ def check_every_step(world: World) -> None:
 
 @_property("S1", "a private page is invisible to the host")
 def _s1(world: World) -> Iterator[str]:
-    for mapping in chain(host_mappings(world), pinned(world), guest_mappings(world, Access.SHARED)):
+    reached = device_mappings(world, Access.SHARED)
+    for mapping in chain(host_mappings(world), pinned(world), guest_mappings(world, Access.SHARED), reached):
         if mapping.inode is not None and mapping.inode.access_at(mapping.page) is Access.PRIVATE:
             yield f"{mapping} is private and {mapping.who} has it"
     for kvm in live_vms(world):
@@ -115,7 +120,7 @@ def _s1(world: World) -> Iterator[str]:
 
 @_property("S2", "a shared page is not privately mapped")
 def _s2(world: World) -> Iterator[str]:
-    for mapping in guest_mappings(world, Access.PRIVATE):
+    for mapping in chain(guest_mappings(world, Access.PRIVATE), device_mappings(world, Access.PRIVATE)):
         if mapping.inode is not None and mapping.inode.access_at(mapping.page) is Access.SHARED:
             yield f"{mapping} is shared and {mapping.who} maps it private"
 
@@ -131,6 +136,7 @@ def _s3(world: World) -> Iterator[str]:
                 current = kvm.stage2.translate(frame << PAGE_SHIFT, False, private)
                 if current is None or current.hva != cached.hva:
                     yield f"vCPU {vcpu.number} of vm {kvm.number} caches gfn {frame:#x}, stage 2 no longer has it"
+    yield from stale_translations(world)
 
 
 @_property("S4", "windows are closed as often as they are opened")
@@ -140,6 +146,7 @@ def _s4(world: World) -> Iterator[str]:
     for kvm in live_vms(world):
         if kvm.slots_lock.owner is None and not kvm.host_invalidations and kvm.stage2.window.open:
             yield f"{kvm.stage2.window.open} windows of vm {kvm.number} are open and nobody is invalidating"
+    yield from open_windows(world)
 
 
 @_property("S5", "bindings and memslots agree")
@@ -207,10 +214,10 @@ def _s10(world: World) -> Iterator[str]:
             for _, order, leaf in kvm.stage2.tables[access].leaves():
                 if not allocated.contains_range(leaf.pfn, leaf.pfn + (1 << order)):
                     yield f"vm {kvm.number} maps free pfn {leaf.pfn} at gfn {leaf.gfn:#x}"
-    for pin in world.userspace.pins:
-        for reference in pin.references:
-            if reference.pfn not in allocated:
-                yield f"mm {pin.mm.number} pins free pfn {reference.pfn}"
+    yield from freed_pages(world)
+    for who, reference in references(world):
+        if reference.pfn not in allocated:
+            yield f"{who} is on free pfn {reference.pfn}"
 
 
 @_property("S12", "a mapped page was zeroed or written, never stale")
@@ -235,6 +242,7 @@ def _s13(world: World) -> Iterator[str]:
                 elif not slot.context.inode.attributes.is_uniform(pages):
                     yield f"leaf of order {order} at gfn {number:#x} of vm {kvm.number} spans both accesses"
     yield from shared_huge_folios(world)
+    yield from unfit_leaves(world)
 
 
 @_property("S14", "references and pages are all accounted for")
@@ -293,6 +301,8 @@ def _s20(world: World) -> Iterator[str]:
                 user = registration.user
                 if isinstance(user, KvmGmemContext) and user.file.released:
                     yield f"a released view of inode {inode.number} is being told"
+                if isinstance(user, IommuGmemContext) and user.closed:
+                    yield f"an address space that shows inode {inode.number} no more is being told"
 
 
 # S12, second half; S15

@@ -285,6 +285,7 @@ class Machine(Host):
             self.inodes,
             self.vms,
             self.userspace,
+            self.iommu,
             self.identities,
             self.tasks,
             self.answers,
@@ -316,6 +317,8 @@ class Machine(Host):
             (len(self.identities.live), "identities"),
             (sum(not kvm.destroyed for kvm in self.vms), "struct kvm"),
             (sum(not inode.destroyed for inode in self.inodes), "inodes"),
+            (len(self.iommu.ioases), "IO address spaces"),
+            (sum(device.attachment is not None for device in self.iommu.devices), "attached devices"),
         ):
             if left:
                 raise Violation("L3", f"{left} {what} left after the last close")

@@ -6,7 +6,8 @@ goes through it and not by the first run that deadlocks.
 
 Source: spec/invariants.md section 2, after Documentation/virt/kvm/locking.rst. The specification leaves mmap_lock
 unordered against KVM's outer locks; KVM takes it inside slots_lock (populate pins its source there) and nothing takes
-the two the other way round, so the order here is a total one.
+the two the other way round, so the order here is a total one. The IOMMU's locks have their place by the same reasoning:
+mapping pins (mmap_lock) and looks pages up (invalidate_lock) inside of the address space's lock.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ class LockClass(enum.IntEnum):
     KVM_LOCK = 1
     VCPU_MUTEX = 2
     SLOTS_LOCK = 3
-    MMAP_LOCK = 4
-    INVALIDATE_LOCK = 5
-    FOLIO_LOCK = 6
-    MMU_LOCK = 7
-    PAGE_TABLE_LOCK = 8
+    DEVICE_LOCK = 4
+    IOAS_LOCK = 5
+    MMAP_LOCK = 6
+    INVALIDATE_LOCK = 7
+    FOLIO_LOCK = 8
+    MMU_LOCK = 9
+    IO_PAGE_TABLE_LOCK = 10
+    PAGE_TABLE_LOCK = 11
 
 
 class LockOrderViolation(AssertionError):

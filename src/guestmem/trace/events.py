@@ -229,6 +229,54 @@ class UserUnpin(Event, frozen=True, tag="user_unpin"):
     pages: int
 
 
+# IOMMU. Pages are IOVA >> 12; `domain` is the number of a page table, 0 for none.
+
+
+class IommuAttach(Event, frozen=True, tag="iommu_attach"):
+    """A device's DMA goes through another domain from now on."""
+
+    device: int
+    domain: int
+
+
+class IommuMap(Event, frozen=True, tag="iommu_map"):
+    """A leaf was installed. `access` is that of the domain; `pfn` -1 for a pinned page."""
+
+    domain: int
+    page: int
+    order: int
+    access: str
+    pfn: int
+
+
+class IommuUnmap(Event, frozen=True, tag="iommu_unmap"):
+    """`leaves` leaves between the pages `start` and `end` were removed."""
+
+    domain: int
+    start: int
+    end: int
+    leaves: int
+
+
+class IommuFault(Event, frozen=True, tag="iommu_fault"):
+    """A DMA was not allowed: `rule` says why."""
+
+    domain: int
+    device: int
+    iova: int
+    write: bool
+    rule: str
+
+
+class IommuRevoke(Event, frozen=True, tag="iommu_revoke"):
+    """An area maps nothing any more."""
+
+    ioas: int
+    start: int
+    end: int
+    why: str
+
+
 class Refused(Event, frozen=True, tag="refused"):
     """A call that got an errno, and the rule that gave it."""
 

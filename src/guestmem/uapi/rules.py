@@ -35,6 +35,10 @@ _FAULT = "fault"
 _IN_PLACE = "v7.4 future"
 _FUTURE = "future"
 _CONVERT = "KVM_GMEM_CONVERT_SHARED"
+_IOMMU = "/dev/iommu"
+_IOMMU_MAP = "IOMMU_IOAS_MAP"
+_VFIO = "VFIO device"
+_DMA = "DMA"
 
 _TABLE = (
     # Any ioctl
@@ -251,6 +255,41 @@ _TABLE = (
     Rule(
         "gup_test.argument", ("EINVAL",), "gup_test", 1, "pins are there already, or not aligned", "mm/gup_test.c [F]"
     ),
+    # /dev/iommu and VFIO: order as drivers/iommu/iommufd has it; what is only in guest_memfd's design is ours
+    Rule(
+        "iommufd.size", ("EINVAL",), _IOMMU, 1, "the structure is shorter than the call's first version", "main.c [M]"
+    ),
+    Rule("iommufd.too_big", ("E2BIG",), _IOMMU, 2, "what the structure has beyond the known is not zero", "main.c [M]"),
+    Rule("iommufd.unsupported", ("EOPNOTSUPP",), _IOMMU, 3, "a flag or reserved word that is not known", "ioas.c [M]"),
+    Rule("iommu.overflow", ("EOVERFLOW",), _IOMMU, 4, "IOVA or length is too large, or they wrap", "ioas.c [M]"),
+    Rule("iommufd.argument", ("EINVAL",), _IOMMU, 5, "no such value, or neither readable nor writable", "ioas.c [M]"),
+    Rule("iommufd.no_object", ("ENOENT",), _IOMMU, 6, "no object of this kind has this number", "iommufd_get_object"),
+    Rule("iommufd.in_use", ("EBUSY",), "IOMMU_DESTROY", 7, "another object uses it", "iommufd_object_remove [M]"),
+    Rule("iommufd.not_a_pt", ("EINVAL",), _VFIO, 7, "neither address space nor page table", "iommufd_device_change_pt"),
+    Rule("iommufd.ranges", ("EMSGSIZE",), "IOMMU_IOAS_IOVA_RANGES", 7, "more ranges than there is room", "ioas.c [M]"),
+    Rule("iommu.not_file", ("EINVAL",), "IOMMU_IOAS_MAP_FILE", 8, "neither memfd nor guest_memfd", "memfd_pin_folios"),
+    Rule("iommu.past_end", ("EINVAL",), _IOMMU_MAP, 9, "the range is not inside the file", "uapi.md 16 [I]"),
+    Rule("iommu.unaligned", ("EINVAL",), _IOMMU_MAP, 10, "not page aligned, or no length", "iopt_alloc_area_pages [M]"),
+    Rule("iommu.no_room", ("ENOSPC",), _IOMMU_MAP, 11, "no free range of IOVA is long enough", "iopt_alloc_iova [M]"),
+    Rule("iommu.iova", ("EINVAL",), _IOMMU_MAP, 12, "the hardware reserves some of this range", "iopt_check_iova [M]"),
+    Rule("iommu.exists", ("EEXIST",), _IOMMU_MAP, 13, "something is mapped in this range", "iopt_check_iova [M]"),
+    Rule("iommu.reserved", ("EADDRINUSE",), _IOMMU, 13, "the hardware reserves what is used or allowed", "[M]"),
+    Rule("iommu.read_only", ("EPERM",), "IOMMU_IOAS_COPY", 14, "pinned for reading only", "iopt_insert_area [M]"),
+    Rule("iommu.nomem", ("ENOMEM",), "IOMMU_HWPT_ALLOC", 14, "the page table cannot be allocated", "[M]"),
+    Rule("iommu.access", ("EFAULT",), _IOMMU_MAP, 15, "a page of the range is not of a domain's access", "R3 [I]"),
+    Rule("iommu.revoked", ("EIO",), _DMA, 2, "the area was revoked: its memory ended or could not be cut", "Q7 [I]"),
+    Rule("iommu.part", ("ENOENT",), "IOMMU_IOAS_UNMAP", 8, "part of a pinned mapping", "iopt_unmap_iova_range [M]"),
+    Rule("iommu.not_mapped", ("ENOENT",), "IOMMU_IOAS_UNMAP", 9, "nothing is mapped there", "iopt_unmap_iova_range"),
+    Rule("vfio.argument", ("EINVAL",), _VFIO, 1, "argsz is too small, or a flag", "vfio/device_cdev.c [M]"),
+    Rule("vfio.bound", ("EINVAL",), _VFIO, 2, "the device is bound already", "vfio_df_ioctl_bind_iommufd [M]"),
+    Rule("vfio.not_iommufd", ("EBADFD",), _VFIO, 3, "the descriptor is no /dev/iommu", "iommufd_ctx_from_fd [M]"),
+    Rule(
+        "vfio.not_bound", ("EINVAL",), _VFIO, 0, "the device is bound to no iommufd", "vfio_device_fops_unl_ioctl [M]"
+    ),
+    Rule("vfio.dead", ("EIO",), _VFIO, 4, "the device's process has ended", "[I]"),
+    Rule("dma.not_attached", ("EFAULT",), _DMA, 1, "the device is attached to no domain", "iommu_group blocking [M]"),
+    Rule("dma.unmapped", ("EFAULT",), _DMA, 3, "nothing is mapped there, or the device cannot ask for it", "[M]"),
+    Rule("dma.permission", ("EFAULT",), _DMA, 4, "mapped, but not for reading, or not for writing", "[M]"),
     # KVM_PRE_FAULT_MEMORY, populate, vCPUs, identities
     Rule("prefault.flags", ("EINVAL",), _PREFAULT, 2, "flags must be zero", "uapi.md 12 [M] [O G40]"),
     Rule("prefault.unaligned", ("EINVAL",), _PREFAULT, 3, "gpa or size is not page aligned", "[M] [O G42]"),

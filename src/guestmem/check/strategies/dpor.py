@@ -204,5 +204,7 @@ def _roots(run: Run) -> list[object]:
     """What the tasks can reach of a machine."""
     world: object = run.world
     return [
-        getattr(world, name) for name in ("inodes", "vms", "userspace", "identities", "pool") if hasattr(world, name)
+        getattr(world, name)
+        for name in ("inodes", "vms", "userspace", "iommu", "identities", "pool")
+        if hasattr(world, name)
     ]

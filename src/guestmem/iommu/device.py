@@ -1,0 +1,101 @@
+"""DmaDevice: what does DMA. Every byte that it reads or writes goes through the domain that it is attached to.
+
+An access is cut at page borders. Each part is one translation and the copy, in one step; between two parts others may
+run. What the domain does not map the device asks for, if it can (ATS and PRI: `page_requests`); otherwise, and where
+the answer is no, the DMA faults, which is an event and an exception, and no byte of that page moves.
+
+Source: PCIe ATS and PRI as drivers/iommu/io-pgfault.c answers them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from guestmem.iommu.addresses import Iova, io_page_of
+from guestmem.iommu.domain import Domain
+from guestmem.iommu.ioas import Ioas, check_permission
+from guestmem.memory import PAGE_SIZE, read_host, write_host
+from guestmem.sched import Lock, LockClass, Scheduler
+from guestmem.trace import Refusal, Tracer
+from guestmem.trace import events as event
+
+if TYPE_CHECKING:
+    from guestmem.iommu.iommufd import Iommufd
+
+
+class DmaFault(Exception):
+    """A DMA that was not allowed. `iova` is the first byte that did not move, `done` how many moved before it."""
+
+    def __init__(self, iova: Iova, write: bool, done: int, refusal: Refusal) -> None:
+        self.iova = iova
+        self.write = write
+        self.done = done
+        self.refusal = refusal
+        super().__init__(f"DMA {'write' if write else 'read'} at {iova:#x}: {refusal}")
+
+
+class Attachment(NamedTuple):
+    """Where a device's accesses go."""
+
+    ioas: Ioas
+    domain: Domain
+
+
+class DmaDevice:
+    """`number` names it in traces. `lock` is held to attach and detach. `bound` is the iommufd that has it."""
+
+    def __init__(self, scheduler: Scheduler, tracer: Tracer, number: int, page_requests: bool = True) -> None:
+        self.number = number
+        self.page_requests = page_requests
+        self.lock = Lock(scheduler, LockClass.DEVICE_LOCK, f"device lock {number}")
+        self.attachment: Attachment | None = None
+        self.bound: Iommufd | None = None
+        self.fault_counts: Counter[str] = Counter()  # by rule
+        self._scheduler = scheduler
+        self._tracer = tracer
+
+    async def read(self, iova: int, size: int) -> bytes:
+        """Bytes. Raises: DmaFault, and what was read before it is lost."""
+        parts = bytearray()
+        while len(parts) < size:
+            at = Iova(iova + len(parts))
+            count = min(PAGE_SIZE - at % PAGE_SIZE, size - len(parts))
+            parts += read_host(await self._reach(at, False, len(parts)), count)
+        return bytes(parts)
+
+    async def write(self, iova: int, data: bytes) -> None:
+        """Raises: DmaFault; what was written before it stays."""
+        done = 0
+        while done < len(data):
+            at = Iova(iova + done)
+            count = min(PAGE_SIZE - at % PAGE_SIZE, len(data) - done)
+            write_host(await self._reach(at, True, done), data[done : done + count])
+            done += count
+
+    async def _reach(self, iova: Iova, write: bool, done: int) -> int:
+        """The server's address of a byte. The access must be made before the next await: until then it is allowed."""
+        page = io_page_of(iova)
+        while True:
+            await self._scheduler.preempt("DMA")
+            try:
+                attachment = self.attachment
+                if attachment is None:
+                    raise Refusal(errno.EFAULT, "dma.not_attached", device=self.number)
+                leaf = attachment.domain.translate(page)
+                if leaf is not None:
+                    check_permission(leaf, page, write)
+                    return leaf.hva_at(page) + iova % PAGE_SIZE
+                if not self.page_requests:
+                    raise Refusal(errno.EFAULT, "dma.unmapped", iova=iova)
+                await attachment.ioas.page_request(attachment.domain, page, write)
+            except Refusal as refusal:
+                self._fault(iova, write, refusal)
+                raise DmaFault(iova, write, done, refusal) from refusal
+
+    def _fault(self, iova: Iova, write: bool, refusal: Refusal) -> None:
+        self.fault_counts[refusal.rule] += 1
+        if self._tracer.enabled:
+            domain = self.attachment.domain.number if self.attachment else 0
+            self._tracer.emit(event.IommuFault(domain, self.number, iova, write, refusal.rule))

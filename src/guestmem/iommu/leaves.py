@@ -1,0 +1,111 @@
+"""Leaves of an IO page table, and the cache of them that a device's accesses go through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, TypeAlias
+
+from guestmem.iommu.addresses import IoPage
+from guestmem.memory import PAGE_SHIFT, Inode, PageIndex, Pfn, Range
+from guestmem.memory.pages import ORDER_4K
+
+
+class PinnedPage(Protocol):
+    """A page of a host address space or of a file that stays where it is until it is put."""
+
+    @property
+    def hva(self) -> int: ...
+
+    def put(self) -> None: ...
+
+
+class GmemLeaf(NamedTuple):
+    """2**order pages from `page` on are the pages of a guest_memfd from `first` on. It holds none of them.
+
+    `hva` is the server's address of the first byte.
+    """
+
+    page: IoPage
+    order: int
+    pfn: Pfn
+    hva: int
+    readable: bool
+    writable: bool
+    inode: Inode
+    first: PageIndex
+
+    def __fingerprint__(self) -> tuple[object, ...]:
+        """Without addresses: where the host put the file is not state."""
+        return self.page, self.order, self.pfn, self.readable, self.writable, self.inode.number, self.first
+
+    def hva_at(self, page: IoPage) -> int:
+        return self.hva + ((page - self.page) << PAGE_SHIFT)
+
+    def part(self, page: IoPage, order: int) -> GmemLeaf:
+        """The leaf over a block inside this one."""
+        inside = page - self.page
+        return self._replace(
+            page=page,
+            order=order,
+            pfn=Pfn(self.pfn + inside),
+            hva=self.hva_at(page),
+            first=PageIndex(self.first + inside),
+        )
+
+
+class PinnedLeaf(NamedTuple):
+    """One page that the IOMMU holds a long-term pin on. Where it is may change while it is pinned: a hole detaches
+    it."""
+
+    page: IoPage
+    pinned: PinnedPage
+    readable: bool
+    writable: bool
+
+    @property
+    def order(self) -> int:
+        return ORDER_4K
+
+    def hva_at(self, page: IoPage) -> int:
+        return self.pinned.hva
+
+
+IoLeaf: TypeAlias = GmemLeaf | PinnedLeaf
+
+
+class Iotlb:
+    """Translations that the hardware has cached. Nothing leaves it but by `flush`, or when it is full, the oldest.
+
+    Changing the page table does not change what is cached: that is what makes a forgotten flush a bug.
+    """
+
+    capacity = 256
+    """Entries of each order."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, dict[int, IoLeaf]] = {}  # order -> page >> order -> leaf
+
+    def lookup(self, page: IoPage) -> IoLeaf | None:
+        for order, leaves in self.entries.items():
+            leaf = leaves.get(page >> order)
+            if leaf is not None:
+                return leaf
+        return None
+
+    def insert(self, leaf: IoLeaf) -> None:
+        leaves = self.entries.setdefault(leaf.order, {})
+        if len(leaves) >= self.capacity:
+            del leaves[next(iter(leaves))]
+        leaves[leaf.page >> leaf.order] = leaf
+
+    def leaves(self) -> Iterator[IoLeaf]:
+        """All that is cached."""
+        for leaves in self.entries.values():
+            yield from leaves.values()
+
+    def flush(self, pages: Range[IoPage]) -> None:
+        """Forget every translation of any of `pages`."""
+        for order, leaves in self.entries.items():
+            first, last = pages.start >> order, (pages.end - 1) >> order
+            for block in [block for block in leaves if first <= block <= last]:
+                del leaves[block]
