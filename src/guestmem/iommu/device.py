@@ -74,6 +74,10 @@ class DmaDevice:
             write_host(await self._reach(at, True, done), data[done : done + count])
             done += count
 
+    async def give_way(self) -> None:
+        """Let others run, in every mode: a device is no reason for anybody to wait."""
+        await self._scheduler.cond_resched("DMA in progress")
+
     async def _reach(self, iova: Iova, write: bool, done: int) -> int:
         """The server's address of a byte. The access must be made before the next await: until then it is allowed."""
         page = io_page_of(iova)

@@ -26,6 +26,7 @@ import dataclasses
 import enum
 import struct
 import zlib
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from guestmem.iommu.addresses import Iova
@@ -117,14 +118,17 @@ class Bad(Exception):
 
 
 class DmaEngine:
-    """`ring` is the IOVA of `entries` descriptors. `faults` is what the bus raises."""
+    """`faults` is what the bus raises. `pause` is awaited between the accesses of an operation: others may run
+    there."""
 
-    def __init__(self, bus: Bus, faults: type[Exception]) -> None:
+    def __init__(self, bus: Bus, faults: type[Exception], pause: Callable[[], Awaitable[None]] | None = None) -> None:
         self._bus = bus
         self._bus_faults = faults
+        self._pause = pause or _do_not_pause
 
     async def doorbell(self, ring: int, entries: int, first: int, count: int) -> int:
-        """Work on `count` descriptors from the `first` on, round the ring; how many have a status now.
+        """Work on `count` descriptors from the `first` on, round the ring of `entries` at IOVA `ring`; how many have a
+        status now.
 
         Less than `count` if the ring itself cannot be reached.
         """
@@ -134,6 +138,7 @@ class DmaEngine:
                 await self._work(at, Descriptor.unpack(await self._bus.read(at, DESCRIPTOR_SIZE)))
             except self._bus_faults:
                 return done
+            await self._pause()
         return count
 
     async def _work(self, at: int, descriptor: Descriptor) -> None:
@@ -164,6 +169,7 @@ class DmaEngine:
     async def _copy(self, source: int, target: int, length: int) -> int:
         for done in range(0, length, CHUNK):
             data = await self._bus.read(source + done, min(CHUNK, length - done))
+            await self._pause()
             await self._bus.write(target + done, data)
         return length
 
@@ -191,6 +197,10 @@ class DmaEngine:
             await self._copy(source, target, length)
             place += length
         return place - what.target
+
+
+async def _do_not_pause() -> None:
+    """A bus that nobody else waits for."""
 
 
 _OPERATIONS = frozenset(Operation)

@@ -52,7 +52,7 @@ class VfioDevice:
 
     def __init__(self, device: DmaDevice, engine: Engine | None = None) -> None:
         self.device = device
-        self.engine: Engine = engine or DmaEngine(device, DmaFault)
+        self.engine: Engine = engine or DmaEngine(device, DmaFault, device.give_way)
         self.bound: BoundDevice | None = None
 
     async def ioctl(self, caller: VfioCaller, request: int, argument: int) -> int:

@@ -11,7 +11,7 @@
 
 #include "calls.h"
 
-enum { TYPE_KVM = 0xAE, TYPE_GMEM = 0xAF, TYPE_GUP_TEST = 'g', TYPE_USERFAULTFD = 0xAA };
+enum { TYPE_KVM = 0xAE, TYPE_GMEM = 0xAF, TYPE_GUP_TEST = 'g', TYPE_IOMMU = ';', TYPE_USERFAULTFD = 0xAA };
 
 #define KVM_RUN 0xAE80UL
 #define KVM_SET_SIGNAL_MASK 0x4004AE8BUL
@@ -20,7 +20,7 @@ enum { TYPE_KVM = 0xAE, TYPE_GMEM = 0xAF, TYPE_GUP_TEST = 'g', TYPE_USERFAULTFD 
 static bool could_be_for_us(int fd, unsigned long request)
 {
     unsigned type = request >> 8 & 0xff;
-    return type == TYPE_KVM || type == TYPE_GMEM || type == TYPE_GUP_TEST || file_marked(fd);
+    return type == TYPE_KVM || type == TYPE_GMEM || type == TYPE_GUP_TEST || type == TYPE_IOMMU || file_marked(fd);
 }
 
 /* Those that the kernel answers for every file. */
@@ -90,6 +90,17 @@ static long vcpu_run(const struct file *file, uintptr_t argument)
 
 /* ---- all others */
 
+/* The structures of iommufd and VFIO say their size themselves; what is no memory the server finds out. */
+enum { LARGEST_STRUCTURE = 256 };
+
+static size_t iommu_structure(const void *argument)
+{
+    uint32_t size;
+    if (copy_from_client(&size, argument, sizeof(size)) || size > LARGEST_STRUCTURE)
+        return 0;
+    return size;
+}
+
 static long file_ioctl(const struct file *file, unsigned long request, uintptr_t argument)
 {
     unsigned type = request >> 8 & 0xff;
@@ -105,6 +116,10 @@ static long file_ioctl(const struct file *file, unsigned long request, uintptr_t
     if (_IOC_DIR(request) & _IOC_WRITE) {
         call.payload = (const void *)argument;
         call.payload_length = _IOC_SIZE(request);
+    }
+    if (file->kind == KIND_IOMMU || file->kind == KIND_VFIO) {
+        call.payload = (const void *)argument;
+        call.payload_length = iommu_structure((const void *)argument);
     }
     return call_ioctl(&call, file, request, argument);
 }

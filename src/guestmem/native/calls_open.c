@@ -19,12 +19,24 @@ static bool readable(const char *path)
     return process.active && (uintptr_t)path >= 4096 && path[0] == '/';
 }
 
+#define VFIO_PATH "/dev/vfio/devices/vfio"
+
+static uint64_t vfio_device(const char *number)
+{
+    unsigned device = (unsigned)number[0] - '0';
+    return device < VFIO_DEVICES && !number[1] ? OPEN_VFIO + device : 0;
+}
+
 static uint64_t device_of(const char *path)
 {
     if (!readable(path))
         return 0;
     if (!strcmp(path, "/dev/kvm"))
         return OPEN_KVM;
+    if (!strcmp(path, "/dev/iommu"))
+        return OPEN_IOMMU;
+    if (!strncmp(path, VFIO_PATH, sizeof(VFIO_PATH) - 1))
+        return vfio_device(path + sizeof(VFIO_PATH) - 1);
     return strcmp(path, "/sys/kernel/debug/gup_test") ? 0 : OPEN_GUP_TEST;
 }
 
@@ -44,6 +56,20 @@ static enum kind kind_of_name(const char *path, struct file *file)
 
 /* ---- open */
 
+static enum kind kind_of_device(uint64_t device)
+{
+    switch (device) {
+    case OPEN_KVM:
+        return KIND_KVM;
+    case OPEN_GUP_TEST:
+        return KIND_GUP_TEST;
+    case OPEN_IOMMU:
+        return KIND_IOMMU;
+    default:
+        return KIND_VFIO;
+    }
+}
+
 static int open_device(uint64_t device, int flags)
 {
     struct call call = {.request = {.op = OP_OPEN, .a = device}};
@@ -52,7 +78,7 @@ static int open_device(uint64_t device, int flags)
         return fail(error == EIO ? ENODEV : error);
     if (!(flags & O_CLOEXEC))
         sys(SYS_fcntl, call.fd, F_SETFD, 0);
-    file_made(call.fd, device == OPEN_KVM ? KIND_KVM : KIND_GUP_TEST);
+    file_made(call.fd, kind_of_device(device));
     return call.fd;
 }
 
@@ -174,6 +200,10 @@ static const char *shown_name(enum kind kind)
         return "anon_inode:kvm-vcpu:0";
     case KIND_GMEM:
         return "anon_inode:[kvm-gmem]";
+    case KIND_IOMMU:
+        return "/dev/iommu";
+    case KIND_VFIO:
+        return "/dev/vfio/devices/vfio0";
     default:
         return "/sys/kernel/debug/gup_test";
     }

@@ -23,6 +23,8 @@ static mode_t shown_mode(enum kind kind)
     case KIND_GUP_TEST:
         return S_IFREG | 0600;
     case KIND_KVM:
+    case KIND_IOMMU:
+    case KIND_VFIO:
         return S_IFCHR | 0660;
     default:
         return 0600;

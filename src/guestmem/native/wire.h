@@ -40,7 +40,8 @@ enum wire_upcall {
 };
 
 enum { HELLO_HELPER = 1, HELLO_FORKED = 2 };
-enum { OPEN_KVM = 1, OPEN_GUP_TEST = 2 };
+enum { OPEN_KVM = 1, OPEN_GUP_TEST = 2, OPEN_IOMMU = 3, OPEN_VFIO = 4 };
+enum { VFIO_DEVICES = 6 };
 enum { ANSWER_KEEP_ON_EXEC = 1 };
 enum { REPLACE_HUGETLB = 1, REPLACE_PRIVATE = 2 };
 

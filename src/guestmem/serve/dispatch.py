@@ -13,16 +13,19 @@ import errno
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
+from guestmem.iommu import ioctl as iommu_ioctl
 from guestmem.kvm.ioctl import gmem_ioctl
 from guestmem.serve import system_ioctls, vcpu_ioctls, vm_ioctls
 from guestmem.serve.call import Call
-from guestmem.serve.files import GmemFile, KvmDevice, VcpuFile, VmFile
+from guestmem.serve.files import GmemFile, IommuFile, KvmDevice, VcpuFile, VfioFile, VmFile
 from guestmem.serve.gup_test import GupTest
+from guestmem.serve.iommu_caller import IommuCaller
 from guestmem.trace import Refusal
 
 IoctlHandler: TypeAlias = Callable[[Call, int], Awaitable[int]]
 Table: TypeAlias = Mapping[int, IoctlHandler]
 
+_IOC_READ = 2
 _UNKNOWN = {"/dev/kvm": errno.EINVAL, "VM": errno.ENOTTY, "vCPU": errno.EINVAL}
 
 
@@ -42,6 +45,12 @@ async def ioctl(call: Call) -> int:
             return await _look_up(vcpu_ioctls.TABLE, request, "vCPU")(call, argument)
         case GmemFile():
             return await gmem_ioctl(call.client.memory, file.file, request, argument)
+        case IommuFile():
+            call.begin_ioctl(len(call.request.payload), _IOC_READ)
+            return await iommu_ioctl.ioctl(IommuCaller(call), file.iommufd, request, argument)
+        case VfioFile():
+            call.begin_ioctl(len(call.request.payload), _IOC_READ)
+            return await file.vfio.ioctl(IommuCaller(call), request, argument)
         case GupTest():
             return await file.ioctl(call, request, argument)
         case _:

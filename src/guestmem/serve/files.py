@@ -13,6 +13,8 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
+from guestmem.iommu import Iommufd
+from guestmem.iommu.vfio import VfioDevice
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SIZE, File, InodeStatistics, MemfdBacking
@@ -22,6 +24,7 @@ from guestmem.serve.wire import FileKind
 
 if TYPE_CHECKING:
     from guestmem.serve.client import Client
+    from guestmem.serve.engine_process import EngineProcess
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _IN_CLOSE_WRITE = 0x8
@@ -105,6 +108,35 @@ class GmemFile(ServedFile):
             await area.client.memory.unmap(area.start, area.end)
         await self.mappings.registration.unregister()
         await self.file.put()
+
+
+class IommuFile(ServedFile):
+    """/dev/iommu."""
+
+    kind = FileKind.IOMMU
+
+    def __init__(self, owner: Client, iommufd: Iommufd) -> None:
+        super().__init__(owner)
+        self.iommufd = iommufd
+
+    async def release(self) -> None:
+        await self.iommufd.put()
+
+
+class VfioFile(ServedFile):
+    """A device file. `process` is that of its engine, if it has one of its own."""
+
+    kind = FileKind.VFIO
+
+    def __init__(self, owner: Client, vfio: VfioDevice, process: EngineProcess | None) -> None:
+        super().__init__(owner)
+        self.vfio = vfio
+        self.process = process
+
+    async def release(self) -> None:
+        if self.process is not None:
+            self.process.close()
+        await self.vfio.release()
 
 
 class Files:

@@ -10,10 +10,10 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from guestmem.memory import PAGE_SIZE, Access, FolioReference, read_host
+from guestmem.memory import PAGE_SIZE, FolioReference, read_host
 from guestmem.serve.client_memory import PinnedHostPage
 from guestmem.serve.files import ServedFile
-from guestmem.serve.gmem_mappings import PROT_WRITE, GmemArea
+from guestmem.serve.pins import pin_long_term
 from guestmem.serve.wire import FileKind
 from guestmem.trace import Refusal
 
@@ -62,26 +62,11 @@ class GupTest(ServedFile):
             raise Refusal(errno.EINVAL, "gup_test.argument", address=address, size=size, flags=flags)
         try:
             for hva in range(address, address + size, PAGE_SIZE):
-                self.pinned.append(await self._pin(call.client, hva, bool(flags & _FLAG_USE_WRITE)))
+                self.pinned.append(await pin_long_term(call.client, hva, bool(flags & _FLAG_USE_WRITE)))
         except Refusal:
             self.unpin()
             raise
         return 0
-
-    async def _pin(self, client: Client, hva: int, write: bool) -> FolioReference | PinnedHostPage:
-        """The look at the page and the reference, under the lock that conversions take exclusively (known bug B24)."""
-        area = client.memory.area_at(hva)
-        if not isinstance(area, GmemArea):
-            return await client.memory.pin_page(hva, write)
-        if write and not area.prot & PROT_WRITE:
-            raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write)
-        inode, index = area.inode, area.index_of(hva)
-        async with inode.invalidate_lock.shared:
-            try:
-                await inode.fault(area.mappings.registration, index, Access.SHARED)
-            except Refusal as refusal:
-                raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write) from refusal
-            return inode.folios.get(index)
 
     async def _read(self, call: Call, argument: int) -> int:
         target = int.from_bytes(await call.client.memory.copy_from_user(argument, 8), "little")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from guestmem.serve import gup_test
-from guestmem.uapi import kvm
+from guestmem.uapi import iommufd, kvm
 
-_TYPES = (kvm.KVMIO, 0xAF, ord("g"))
+_PREFIXES = ("KVM_", "PIN_", "IOMMU_", "VFIO_DEVICE_", "GUESTMEM_DMA_")
+_TYPES = (kvm.KVMIO, 0xAF, ord("g"), ord(";"))
 _NAMES = {
     value: name
-    for module in (kvm, gup_test)
+    for module in (kvm, gup_test, iommufd)
     for name, value in vars(module).items()
-    if isinstance(value, int)
-    and name.startswith(("KVM_", "PIN_"))
-    and (value >> 8 & 0xFF) in (kvm.KVMIO, 0xAF, ord("g"))
+    if isinstance(value, int) and name.startswith(_PREFIXES) and (value >> 8 & 0xFF) in _TYPES
 }
 
 

@@ -30,6 +30,8 @@ _KINDS = {
     FileKind.VCPU: "vCPU",
     FileKind.GMEM: "guest_memfd",
     FileKind.GUP_TEST: "gup_test",
+    FileKind.IOMMU: "/dev/iommu",
+    FileKind.VFIO: "VFIO device",
 }
 
 

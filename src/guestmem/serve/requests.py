@@ -10,11 +10,13 @@ import os
 
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, PageIndex
 from guestmem.memory.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from guestmem.serve import wire
 from guestmem.serve.call import Call
 from guestmem.serve.dispatch import ioctl
-from guestmem.serve.files import GmemFile, KvmDevice, ServedFile, VcpuFile
+from guestmem.serve.files import GmemFile, IommuFile, KvmDevice, ServedFile, VcpuFile
 from guestmem.serve.gmem_mappings import PROT_EXEC, GmemArea
 from guestmem.serve.gup_test import GupTest
+from guestmem.serve.iommu_caller import open_vfio
 from guestmem.serve.server import Handler
 from guestmem.serve.wire import FileKind, Op
 from guestmem.trace import Refusal
@@ -42,12 +44,17 @@ def _range(call: Call, start: int, size: int) -> tuple[int, int]:
 
 async def _open(call: Call) -> int:
     file: ServedFile
-    if call.request.a == 1:
-        file = KvmDevice(None)
-    elif call.request.a == 2:
-        file = GupTest(call.client)
-    else:
-        raise _bad_request(call)
+    match call.request.a:
+        case wire.OPEN_KVM:
+            file = KvmDevice(None)
+        case wire.OPEN_GUP_TEST:
+            file = GupTest(call.client)
+        case wire.OPEN_IOMMU:
+            file = IommuFile(call.client, call.server.host.iommu.open())
+        case device if wire.OPEN_VFIO <= device < wire.OPEN_VFIO + wire.VFIO_DEVICES:
+            file = open_vfio(call, device - wire.OPEN_VFIO)
+        case _:
+            raise _bad_request(call)
     return call.give(call.server.add_token(file))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 from guestmem.host import Host
+from guestmem.iommu import DmaDevice
 from guestmem.sched import Operation, Task, park
 from guestmem.serve.call import Call
 from guestmem.serve.channel import Channel, close_all, peer_pid
@@ -53,6 +54,7 @@ class Server:
         self._ready: dict[int, Callable[[], None]] = {}
         self._listener: socket.socket | None = None
         self.vms_created = 0
+        self.dma_devices: dict[int, DmaDevice] = {}  # by the number of their file
         self.looks = LOOKS if len(os.sched_getaffinity(0)) > 1 else 0
         self._tokens: set[int] = set()
         self._next_client = 1

@@ -68,6 +68,13 @@ class FileKind(enum.IntEnum):
     VCPU = 3
     GMEM = 4
     GUP_TEST = 5
+    IOMMU = 6
+    VFIO = 7
+
+
+OPEN_KVM, OPEN_GUP_TEST, OPEN_IOMMU, OPEN_VFIO = 1, 2, 3, 4
+"""What OPEN opens; VFIO device n is OPEN_VFIO + n."""
+VFIO_DEVICES = 6
 
 
 class Request(NamedTuple):

@@ -16,7 +16,8 @@ class AbiLevel:
     converted there; otherwise the VM has attributes by guest frame. `overlap_errno`: for a file range that is bound
     already. `signed_range_end`: the end of a bound file range is compared as a signed number (known bug B04).
     `hugetlb`: files of huge pages, and the conversion calls that were posted with them. `own_file_system`: files lie in
-    one of guest_memfd's own, with one NUMA policy for each inode, from 6.19 on."""
+    one of guest_memfd's own, with one NUMA policy for each inode, from 6.19 on. `gmem_dma`: IOMMU_IOAS_MAP_FILE takes a
+    guest_memfd."""
 
     name: str
     mmap: bool
@@ -25,6 +26,7 @@ class AbiLevel:
     signed_range_end: bool
     own_file_system: bool = True
     hugetlb: bool = False
+    gmem_dma: bool = False
 
 
 LEVELS: dict[str, AbiLevel] = {
@@ -43,7 +45,15 @@ LEVELS: dict[str, AbiLevel] = {
         ),
         AbiLevel("v7.3", mmap=True, in_place=False, overlap_errno=errno.EEXIST, signed_range_end=False),
         AbiLevel("v7.4", mmap=True, in_place=True, overlap_errno=errno.EEXIST, signed_range_end=False),
-        AbiLevel("future", mmap=True, in_place=True, overlap_errno=errno.EEXIST, signed_range_end=False, hugetlb=True),
+        AbiLevel(
+            "future",
+            mmap=True,
+            in_place=True,
+            overlap_errno=errno.EEXIST,
+            signed_range_end=False,
+            hugetlb=True,
+            gmem_dma=True,
+        ),
     )
 }
 FUTURE = LEVELS["future"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from guestmem.serve.channel import close_all
-from guestmem.serve.files import GmemFile, ServedFile, VcpuFile
+from guestmem.serve.files import GmemFile, IommuFile, ServedFile, VcpuFile, VfioFile
 from guestmem.serve.seccomp.bpf import SystemCall
 from guestmem.serve.seccomp.descriptors import file_at
 from guestmem.serve.seccomp.numbers import Nr
@@ -20,6 +20,7 @@ _ANY_FILE = (0x5451, 0x5450, 0x5421, 0x5452, 0x2, 0xC020660B)
 _TYPES_OF_GMEM = (0xAE, 0xAF)
 _UFFDIO_REGISTER = 0xC020AA00
 _IOC_WRITE = 1 << 30
+_LARGEST_STRUCTURE = 256
 _UNBLOCKABLE = 1 << 8 | 1 << 18
 """SIGKILL, SIGSTOP."""
 
@@ -59,7 +60,10 @@ async def _serve(tracee: Tracee, file: ServedFile, request: int, argument: int) 
     if isinstance(file, GmemFile) and request >> 8 & 0xFF not in _TYPES_OF_GMEM:
         return -errno.ENOTTY
     payload: bytes | None = b""
-    if request & _IOC_WRITE:
+    if isinstance(file, IommuFile | VfioFile):  # their structures say their size themselves
+        size = int.from_bytes(read_memory(tracee.tid, argument, 4) or b"", "little")
+        payload = read_memory(tracee.tid, argument, size) if size <= _LARGEST_STRUCTURE else b""
+    elif request & _IOC_WRITE:
         payload = read_memory(tracee.tid, argument, request >> 16 & 0x3FFF)
         if payload is None:
             return -errno.EFAULT

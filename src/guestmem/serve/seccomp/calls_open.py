@@ -12,9 +12,14 @@ from guestmem.serve.seccomp.descriptors import file_at
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.tracee import Result, Tracee, Work
 from guestmem.serve.seccomp.user_memory import read_memory, read_string, write_memory
-from guestmem.serve.wire import FileKind, Op
+from guestmem.serve.wire import OPEN_GUP_TEST, OPEN_IOMMU, OPEN_KVM, OPEN_VFIO, VFIO_DEVICES, FileKind, Op
 
-DEVICES = {b"/dev/kvm": 1, b"/sys/kernel/debug/gup_test": 2}
+DEVICES = {
+    b"/dev/kvm": OPEN_KVM,
+    b"/sys/kernel/debug/gup_test": OPEN_GUP_TEST,
+    b"/dev/iommu": OPEN_IOMMU,
+    **{b"/dev/vfio/devices/vfio%d" % number: OPEN_VFIO + number for number in range(VFIO_DEVICES)},
+}
 _O_PATH = 0o10000000
 _NAMES = {
     FileKind.KVM: b"/dev/kvm",
@@ -22,6 +27,8 @@ _NAMES = {
     FileKind.VCPU: b"anon_inode:kvm-vcpu:0",
     FileKind.GMEM: b"anon_inode:[kvm-gmem]",
     FileKind.GUP_TEST: b"/sys/kernel/debug/gup_test",
+    FileKind.IOMMU: b"/dev/iommu",
+    FileKind.VFIO: b"/dev/vfio/devices/vfio0",
 }
 
 

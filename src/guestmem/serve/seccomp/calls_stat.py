@@ -36,6 +36,8 @@ _MODES = {
     FileKind.VCPU: 0o600,
     FileKind.GMEM: stat.S_IFREG | 0o600,
     FileKind.GUP_TEST: stat.S_IFREG | 0o600,
+    FileKind.IOMMU: stat.S_IFCHR | 0o660,
+    FileKind.VFIO: stat.S_IFCHR | 0o660,
 }
 
 
