@@ -111,7 +111,7 @@ class Host:
         self.process = self.userspace.spawn()
         self.inodes: list[Inode] = []
         self.vms: list[Kvm] = []
-        self.iommu = Iommu(self.scheduler, self.tracer)
+        self.iommu = Iommu(self.scheduler, self.tracer, self.orders)
         self._debug = debug
         self._clients = clients
         self.environment = KvmEnvironment(

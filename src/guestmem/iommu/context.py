@@ -74,7 +74,8 @@ class IommuGmemContext:
             ranges = [(area, pages) for area in self.areas if (pages := area.io_pages_of(invalidation.pages))]
             if not ranges:
                 return  # unmapped while we waited
-            domain.begin(pages for _, pages in ranges)
+            hull = invalidation.hull or invalidation.pages
+            domain.begin(around for area in self.areas if (around := area.io_pages_of(hull)))
             self.told.append(domain)
             for area, pages in ranges:
                 try:

@@ -133,17 +133,17 @@ class Domain:
     def _beside(self, pages: Range[IoPage]) -> list[GmemLeaf]:
         """Leaves for what those that stick out of `pages` map beside them."""
         found: list[GmemLeaf] = []
-        for edge in (pages.start, IoPage(pages.end - 1)):
-            leaf = self.table.lookup(edge)
-            if not isinstance(leaf, GmemLeaf) or not leaf.order:
-                continue
-            if edge == pages.start:
-                outside = Range(leaf.page, pages.start)
-            else:
-                outside = Range(pages.end, IoPage(leaf.page + (1 << leaf.order)))
-            smaller = [order for order in self._orders if order < leaf.order]
-            found += [leaf.part(page, order) for page, order in blocks(outside, smaller)]
+        leaf = self.table.lookup(pages.start)
+        if isinstance(leaf, GmemLeaf) and leaf.page < pages.start:
+            found += self._parts(leaf, Range(leaf.page, pages.start))
+        leaf = self.table.lookup(IoPage(pages.end - 1))
+        if isinstance(leaf, GmemLeaf) and pages.end < leaf.page + (1 << leaf.order):
+            found += self._parts(leaf, Range(pages.end, IoPage(leaf.page + (1 << leaf.order))))
         return found
+
+    def _parts(self, leaf: GmemLeaf, pages: Range[IoPage]) -> list[GmemLeaf]:
+        smaller = [order for order in self._orders if order < leaf.order]
+        return [leaf.part(page, order) for page, order in blocks(pages, smaller)]
 
     # For the reader
 
