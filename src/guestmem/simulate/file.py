@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from time import perf_counter_ns
 
 from guestmem.memory import Access, PageIndex, PageRange, Range, Registration
 from guestmem.memory.pages import ORDER_1G, ORDER_2M, whole_blocks
@@ -12,6 +11,7 @@ from guestmem.memory.splits import hull
 from guestmem.simulate.backing import NoBacking
 from guestmem.simulate.leaves import NONE, Entries, Leaves
 from guestmem.simulate.machine import Machine
+from guestmem.simulate.spent import Spent, now
 from guestmem.simulate.user import CountingUser, kvm, vmm
 from guestmem.trace import events as event
 
@@ -19,11 +19,11 @@ from guestmem.trace import events as event
 class ReplayedFile:
     """`counts` are items of the cost model, shared by all files of a replay. `entries` are KVM's, now.
 
-    `conversion_ns` is told the provider's time of each conversion.
+    `took` is told the provider's time of each conversion.
     """
 
     def __init__(
-        self, machine: Machine, created: event.GmemCreate, counts: Counter[str], conversion_ns: Callable[[int], None]
+        self, machine: Machine, created: event.GmemCreate, counts: Counter[str], took: Callable[[Spent], None]
     ) -> None:
         self.machine = machine
         self.inode = machine.create(created.size, created.flags)
@@ -32,7 +32,7 @@ class ReplayedFile:
         self.entries = NONE
         self._registrations = {user: self.inode.register(user) for user in (self.vmm, self.kvm)}
         self._counts = counts
-        self._conversion_ns = conversion_ns
+        self._took = took
 
     @property
     def everything(self) -> PageRange:
@@ -89,12 +89,13 @@ class ReplayedFile:
         split_before = self.kvm.leaves.split_blocks(around)
         resets, wholly = self._rmp_of(changing) if to is Access.SHARED else (0, 0)
         zapped_before = self.kvm.zapped
-        own_before = self.kvm.own_ns + self.vmm.own_ns
-        began = perf_counter_ns()
+        own_before = self.kvm.own.plus(self.vmm.own)
+        began = now()
         try:
             self.machine.run(self.inode.convert(pages, to))
         finally:
-            self._conversion_ns(perf_counter_ns() - began - (self.kvm.own_ns + self.vmm.own_ns - own_before))
+            took = now().minus(began)
+            self._took(took.minus(self.kvm.own.plus(self.vmm.own).minus(own_before)))
             self._counts["request"] += 1
             for run in changing:
                 for done, access in self.inode.runs(run):

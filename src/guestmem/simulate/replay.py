@@ -24,6 +24,7 @@ from guestmem.simulate.machine import Machine, resident_bytes
 from guestmem.simulate.row import Combination, Measured, Row, Sample
 from guestmem.simulate.sizes import ORDER_NAMES
 from guestmem.simulate.source import Replayable, Source, Survey
+from guestmem.simulate.spent import NO_TIME, Spent
 from guestmem.trace import Refusal
 from guestmem.trace import events as event
 
@@ -68,7 +69,8 @@ class Replay:
         self._most: Counter[str] = Counter()
         self._reach_least = 0
         self._conversions = self._holes = 0
-        self._ns_sum = self._ns_most = self._ns_count = 0
+        self._spent = NO_TIME
+        self._ns_most = self._measured = 0
 
     def run(self, progress: Progress = lambda done: None) -> Row:
         """The whole trace. Raises: what reading it raises."""
@@ -116,10 +118,10 @@ class Replay:
         file.destroy()
         self._gone.add(file)
 
-    def _note_conversion(self, nanoseconds: int) -> None:
-        self._ns_sum += nanoseconds
-        self._ns_most = max(self._ns_most, nanoseconds)
-        self._ns_count += 1
+    def _note_conversion(self, took: Spent) -> None:
+        self._spent = self._spent.plus(took)
+        self._ns_most = max(self._ns_most, took.wall)
+        self._measured += 1
 
     # State
 
@@ -244,9 +246,10 @@ class Replay:
             cost_ns_per_request=of_requests / max(counts["request"], 1),
             samples=self._samples,
             measured=Measured(
-                conversion_us_mean=self._ns_sum / max(self._ns_count, 1) / 1000,
+                conversion_us_mean=self._spent.wall / max(self._measured, 1) / 1000,
+                conversion_cpu_us_mean=self._spent.cpu / max(self._measured, 1) / 1000,
                 conversion_us_most=self._ns_most / 1000,
-                conversions=self._ns_count,
+                conversions=self._measured,
                 seconds=seconds,
                 state_bytes=self._most["resident"],
             ),

@@ -67,10 +67,11 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Of the replay itself: wall time of the provider's conversions, and resident memory beyond that of the empty
-    program, at its most."""
+    """Of the replay itself: wall and CPU time of the provider's conversions, without that of the users that count; and
+    resident memory beyond that of the empty program, at its most at the samples."""
 
     conversion_us_mean: float
+    conversion_cpu_us_mean: float
     conversion_us_most: float
     conversions: int
     seconds: float

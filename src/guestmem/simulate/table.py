@@ -31,7 +31,7 @@ def _end(row: Row, name: str) -> str:
 FOLIOS = (
     Column("splits", lambda row: _by_size(row.splits)),
     Column("merges", lambda row: _by_size(row.merges)),
-    Column("split at once, at most", lambda row: f"{row.lost_most:,}"),
+    Column("split at most", lambda row: f"{row.lost_most:,}"),
     Column("1g, 2m, 4k at the end", lambda row: ", ".join(_end(row, name) for name in ("1g", "2m", "4k"))),
     Column("HVO saves", lambda row: size_text(row.vmemmap_saved_at_start)),
     Column("given back at most", lambda row: size_text(row.vmemmap_given_back_most)),
@@ -74,6 +74,7 @@ MEASURED = (
     Column("holes", lambda row: f"{row.holes:,}"),
     Column("refused", lambda row: ", ".join(f"{count:,} x {rule}" for rule, count in row.refused.items()) or "0"),
     Column("provider, us a conversion", lambda row: f"{row.measured.conversion_us_mean:.1f}"),
+    Column("of it CPU", lambda row: f"{row.measured.conversion_cpu_us_mean:.1f}"),
     Column("slowest", lambda row: f"{row.measured.conversion_us_most:,.0f}"),
     Column("state", lambda row: size_text(row.measured.state_bytes)),
     Column("replay", lambda row: f"{row.measured.seconds:.1f} s"),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
-
 from guestmem.memory import Access, Invalidation
 from guestmem.simulate.leaves import Leaves
+from guestmem.simulate.spent import NO_TIME, now
 
 
 class CountingUser:
     """A MemoryUser. `told`, `flushes` and `zapped` count invalidations, those that found leaves, and these leaves.
 
-    `own_ns` is the time that it took itself, which is not the provider's.
+    `own` is the time that it took itself, which is not the provider's.
     """
 
     def __init__(self, kind: str, leaves: Leaves, *, may_map_private: bool, takes_references: bool) -> None:
@@ -22,10 +21,10 @@ class CountingUser:
         self.told = 0
         self.flushes = 0
         self.zapped = 0
-        self.own_ns = 0
+        self.own = NO_TIME
 
     async def invalidate_begin(self, invalidation: Invalidation) -> None:
-        began = time.perf_counter_ns()
+        began = now()
         self.told += 1
         pages = invalidation.pages
         zapped = self.leaves.shared.range_cardinality(pages.start, pages.end)
@@ -34,7 +33,7 @@ class CountingUser:
             zapped = both if Access.SHARED in invalidation.accesses else both - zapped
         self.zapped += zapped
         self.flushes += bool(zapped)
-        self.own_ns += time.perf_counter_ns() - began
+        self.own = self.own.plus(now().minus(began))
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
         """What may be mapped again is mapped again when the replay counts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from guestmem.memory.pages import ORDERS, PAGE_SHIFT
+from guestmem.memory.pages import ORDER_1G, PAGE_SHIFT
 from guestmem.simulate.source import Replayable
 from guestmem.trace import events as event
 
@@ -34,7 +34,8 @@ def punch(start: int, end: int) -> event.GmemFolioFree:
 def touch(start: int, end: int, access: str = "private") -> Iterator[event.GmemFault]:
     """The guest reaches all of the pages, in the largest aligned blocks."""
     while start < end:
-        order = next(order for order in ORDERS if not start & ((1 << order) - 1) and start + (1 << order) <= end)
+        aligned = (start & -start).bit_length() - 1 if start else ORDER_1G
+        order = min(aligned, (end - start).bit_length() - 1, ORDER_1G)
         yield event.GmemFault(INODE, start, "kvm", access, 0, order)
         start += 1 << order
 
