@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from guestmem.sched import Lock, LockClass, LockOrderViolation, RwLock, Scheduler
+from guestmem.sched import AllOf, Lock, LockClass, LockOrderViolation, RwLock, Scheduler
 from tests.explore import Follow, every_schedule
 
 ORDER = list(LockClass)
@@ -170,3 +170,52 @@ def test_under_fifo_a_waiting_writer_keeps_new_readers_out() -> None:
         scheduler.spawn(coroutine, name)
     scheduler.drain()
     assert order == ["r1", "writer", "r2"]
+
+
+def test_several_locks_of_a_class_are_taken_when_all_are_free_and_by_one_task() -> None:
+    """Every schedule of two that take the same two, in either order, and one that takes one of them."""
+
+    def run(policy: Follow) -> None:
+        scheduler = Scheduler(policy)
+        first, second = (Lock(scheduler, LockClass.KVM_LOCK, name) for name in ("first", "second"))
+        inside: list[str] = []
+
+        async def both(name: str, *locks: Lock) -> None:
+            async with AllOf(scheduler, locks, "both", on_kill=TimeoutError()):
+                assert first.held_by_me
+                assert second.held_by_me
+                inside.append(name)
+                await scheduler.preempt("inside")
+                assert inside == [name]
+                inside.remove(name)
+
+        async def one() -> None:
+            async with second:
+                await scheduler.preempt("inside")
+                assert not inside
+
+        tasks = [
+            scheduler.spawn(both("a", first, second), "a"),
+            scheduler.spawn(both("b", second, first), "b"),
+            scheduler.spawn(one(), "c"),
+        ]
+        while scheduler.step():
+            pass
+        assert all(task.done for task in tasks)
+        for task in tasks:
+            task.outcome()
+        assert first.owner is second.owner is None
+
+    assert every_schedule(run) > 6
+
+
+def test_several_locks_have_the_order_of_their_class() -> None:
+    scheduler = Scheduler()
+    inner, outer = Lock(scheduler, LockClass.MMU_LOCK, "inner"), Lock(scheduler, LockClass.KVM_LOCK, "outer")
+
+    async def wrong() -> None:
+        async with inner, AllOf(scheduler, [outer], "all", on_kill=TimeoutError()):
+            pass
+
+    with pytest.raises(LockOrderViolation, match="takes all while holding inner"):
+        scheduler.run(wrong())

@@ -6,13 +6,14 @@ Every `await` in guestmem ends here. Serving and scripts run under `Fifo`; a che
 from guestmem.sched.counts import RefCount, SeqCount
 from guestmem.sched.fingerprint import Fingerprinter, Rules, Walk, fingerprint
 from guestmem.sched.lock_order import LockClass, LockOrderViolation
-from guestmem.sched.locks import Lock, RwLock
+from guestmem.sched.locks import AllOf, Lock, RwLock
 from guestmem.sched.policy import Fifo, Policy
 from guestmem.sched.scheduler import Deadlock, Operation, Scheduler, Task, park
 from guestmem.sched.srcu import Srcu
 from guestmem.sched.waitqueue import WaitQueue
 
 __all__ = [
+    "AllOf",
     "Deadlock",
     "Fifo",
     "Fingerprinter",

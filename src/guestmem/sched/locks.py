@@ -1,4 +1,4 @@
-"""Lock and RwLock: sleeping locks with a class and an order.
+"""Lock, RwLock and AllOf: sleeping locks with a class and an order.
 
 The order is checked before the wait, so a wrong nesting is reported by the task that made it, uncontended or not.
 Holding is tied to the task: `held_by_me` is the lockdep_assert_held() of this house.
@@ -7,7 +7,7 @@ Holding is tied to the task: `held_by_me` is the lockdep_assert_held() of this h
 from __future__ import annotations
 
 import types
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -133,3 +133,44 @@ class RwLock(HeldLock):
     @property
     def held_by_me(self) -> bool:
         return self.held_exclusive_by_me or self._scheduler.current in self.readers
+
+
+class AllOf(HeldLock):
+    """Several locks of one class, taken together as soon as all are free: among them there is no order.
+
+    Where the kernel nests locks of one class (two kvm->lock, all vcpu->mutex of a VM) it needs an outer lock or a
+    trylock to make that safe. `on_kill` is raised if the waiting task is killed: mutex_lock_killable().
+    """
+
+    __slots__ = ("_locks", "_on_kill", "_scheduler")
+
+    def __init__(self, scheduler: Scheduler, locks: Iterable[Lock], name: str, on_kill: Exception) -> None:
+        self._locks = list(locks)
+        super().__init__(max(lock.lock_class for lock in self._locks), name)
+        self._scheduler = scheduler
+        self._on_kill = on_kill
+
+    def __fingerprint__(self) -> list[Lock]:
+        return self._locks
+
+    def _are_free(self) -> bool:
+        return all(lock.owner is None for lock in self._locks)
+
+    @types.coroutine
+    def __aenter__(self) -> Generator[Operation, None, None]:
+        task = self._scheduler._running()
+        task.check_order(self)
+        if self._scheduler.explores or not self._are_free():
+            yield Operation("lock", self, lambda: task.signal_pending or self._are_free())
+        if not self._are_free():
+            raise self._on_kill
+        for lock in self._locks:
+            lock.owner = task
+        task.take(self)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._scheduler._running().drop(self)
+        for lock in self._locks:
+            lock.owner = None
