@@ -25,9 +25,11 @@ from guestmem.iommu import DmaDevice, Iommu
 from guestmem.iommu.script import IommuHandle
 from guestmem.kvm.addresses import gfn_of
 from guestmem.kvm.context import KvmGmemContext
+from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_from
 from guestmem.kvm.exits import Exit, HltExit, ShutdownExit
 from guestmem.kvm.gmem import create_guest_memfd, set_memory_attributes2
 from guestmem.kvm.identity import IdentityPool
+from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.populate import populate
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.set_region import set_user_memory_region2
@@ -56,7 +58,7 @@ from guestmem.trace import Tracer
 from guestmem.uapi import kvm as uapi
 from guestmem.uapi.kvm import VmType
 from guestmem.uapi.levels import FUTURE, AbiLevel
-from guestmem.uapi.structs import CreateGuestMemfd, MemoryAttributes, MemoryAttributes2, PreFaultMemory
+from guestmem.uapi.structs import CreateGuestMemfd, LinkGuestMemfd, MemoryAttributes, MemoryAttributes2, PreFaultMemory
 from guestmem.uapi.structs import UserspaceMemoryRegion2 as Region2
 from guestmem.userspace import Pin, Process, Userspace, View
 
@@ -253,9 +255,23 @@ class Vm:
             flags |= uapi.GUEST_MEMFD_FLAG_HUGETLB | (order + PAGE_SHIFT) << uapi.GUEST_MEMFD_HUGETLB_SHIFT
         process = self.host.process
         fd = self.host.run(create_guest_memfd(self.kvm, process.fds, CreateGuestMemfd(size, flags)), "create")
-        file = process.fds.get(fd)
-        assert isinstance(file, File)
-        return Gmem(self.host, file, fd)
+        return self._gmem(fd)
+
+    def link_guest_memfd(self, gmem: Gmem) -> Gmem:
+        """KVM_LINK_GUEST_MEMFD: this VM's own view of the memory of another VM's file. Raises: Refusal `link.*`."""
+        fds = self.host.process.fds
+        return self._gmem(self.host.run(link_guest_memfd(self.kvm, fds, LinkGuestMemfd(gmem.fd)), "link"))
+
+    def move_enc_context_from(self, source: Vm) -> None:
+        """KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: take the identity of `source`, which is dead afterwards.
+
+        Raises: Refusal `enc_context.*`, `move.*`; `source` goes on then.
+        """
+        self.host.run(move_enc_context_from(self.kvm, self.host.process.fds, source.fd), "move")
+
+    def copy_enc_context_from(self, source: Vm) -> None:
+        """KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: be a helper of `source`. Raises: Refusal `enc_context.*`, `copy.*`."""
+        self.host.run(copy_enc_context_from(self.kvm, self.host.process.fds, source.fd), "copy")
 
     def set_memory_region(
         self,
@@ -301,8 +317,13 @@ class Vm:
         return VcpuHandle(self.host, vcpu, fd)
 
     def close(self) -> None:
-        """Close the descriptor. Files and vCPUs that are open keep the VM."""
+        """Close the descriptor. Files, vCPUs and helpers keep the VM."""
         self.host.run(self.host.process.fds.close(self.fd), "close")
+
+    def _gmem(self, fd: int) -> Gmem:
+        file = self.host.process.fds.get(fd)
+        assert isinstance(file, File)
+        return Gmem(self.host, file, fd)
 
 
 class VcpuHandle:

@@ -8,7 +8,7 @@ from guestmem.memory import Access, Page, Pfn
 from guestmem.trace import Refusal
 
 
-@mutant("B07", replaces="guestmem.kvm.context:KvmGmemContext.page_at", breaks={"S3", "S10", "S12", "S15"})
+@mutant("B07", replaces="guestmem.kvm.context:KvmGmemContext.page_at", breaks={"S7", "S3", "S10", "S12", "S15"})
 async def error_as_page(self: KvmGmemContext, slot: MemorySlot, gfn: Gfn, access: Access) -> Page:
     """An errno comes out as a page number."""
     index = slot.index_of(gfn)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from guestmem.check.invariants import Violation
+from guestmem.kvm.identity import Identity
 from guestmem.memory import PAGE_SIZE, Access, PageIndex, Pfn, Pool, Range, read_host
 from guestmem.trace import events as event
 
@@ -47,15 +48,20 @@ class Ghost:
         self._found: dict[str, tuple[int, int]] = {}  # task -> page number and life that it looked up last
         self.access: dict[int, dict[int, Access]] = {}  # inode -> page -> access, where it is not that of birth
         self.birth: dict[int, Access] = {}
+        self.identity: dict[int, Identity] = {}  # struct kvm -> what it was born with, or given since
         machine.tracer.listen(self._see)
 
     def __fingerprint__(self) -> object:
         """Whether a look-up is of the present life is what counts, not which life that is."""
         fresh = {task: self._pool.life.get(pfn, 0) == life for task, (pfn, life) in sorted(self._found.items())}
-        return sorted(self._zeroed), fresh, self.access
+        return sorted(self._zeroed), fresh, self.access, self.identity
 
     def broken(self) -> Iterator[tuple[str, str]]:
         """(property, facts) of what the machine says otherwise."""
+        for kvm in self._machine.vms:
+            identity = self.identity[kvm.number]
+            if kvm.machine.identity != identity:
+                yield "S7", f"vm {kvm.number} has {kvm.machine.identity}, which nobody gave it, and not {identity}"
         for inode in self._machine.inodes:
             if inode.destroyed or inode.number not in self.birth:
                 continue
@@ -85,6 +91,13 @@ class Ghost:
                 self.access[seen.inode] = {}
             case event.GmemConvert():
                 self._converted(seen)
+            case event.KvmMoveEncContext():
+                has = self.identity
+                has[seen.vm], has[seen.source] = has[seen.source], has[seen.vm]
+            case event.KvmCopyEncContext():
+                self.identity[seen.vm] = self.identity[seen.source]
+            case event.KvmGmemLink() if not self._machine.vms[seen.vm].has_private_memory:
+                self.identity[seen.vm] = self.identity[seen.source]
 
     def _task(self) -> str:
         task = self._machine.scheduler.current

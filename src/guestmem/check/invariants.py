@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from typing import NamedTuple
 
 from guestmem.check.devices import freed_pages, open_windows, stale_translations, unfit_leaves
@@ -44,7 +44,6 @@ from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD
 NOT_YET = {
     "S9": "no ownership table (RMP, S-EPT, GPT) before the architectures",
     "S11": "no direct map is modelled; the feature is only proposed",
-    "S18": "no launch, finalize or migration before the architectures and linking",
 }
 
 
@@ -181,12 +180,22 @@ def _s6(world: World) -> Iterator[str]:
                 yield f"{slot} of vm {kvm.number} points to a released file"
 
 
-@_property("S7", "all views of an inode are of one virtual machine")
+@_property("S7", "memory is mapped by its own virtual machine alone")
 def _s7(world: World) -> Iterator[str]:
+    """A view may be of another one: of a destination before a migration, of the source after it. It maps nothing."""
     for context in contexts(world):
-        owner = context.inode.owner
-        if owner is None or context.kvm.machine.identity != owner.identity:
-            yield f"inode {context.inode.number} of {owner} is viewed by {context.kvm.machine.identity}"
+        kvm, owner = context.kvm, context.inode.owner
+        if owner is not None and kvm.machine.identity == owner.identity:
+            continue
+        for access, slot in product(BOTH, context.bindings):
+            if slot.gmem_only or access is Access.PRIVATE:
+                for number, _, _ in kvm.stage2.tables[access].leaves():
+                    if slot.gfns.contains(Gfn(number)):
+                        whose = owner.identity if owner is not None else None
+                        yield (
+                            f"vm {kvm.number}, of {kvm.machine.identity}, maps gfn {number:#x} "
+                            f"from inode {context.inode.number} of {whose}"
+                        )
 
 
 @_property("S8", "an identity in use is alive")
@@ -195,6 +204,9 @@ def _s8(world: World) -> Iterator[str]:
         identity = kvm.machine.identity
         if world.identities.live.get(identity.number) != identity:
             yield f"vm {kvm.number} uses {identity}, which is recycled"
+        owner = kvm.mirror_of
+        if owner is not None and (owner.destroyed or owner.machine.identity != identity):
+            yield f"vm {kvm.number} is a helper under {identity}, which vm {owner.number} has no more"
     for inode in world.inodes:
         if inode.destroyed or inode.owner is None:
             continue
@@ -281,6 +293,14 @@ def _s17(world: World) -> Iterator[str]:
         classes = [lock.lock_class for lock in task.held]
         if classes != sorted(set(classes)):
             yield f"task {task.name} holds {', '.join(lock.name for lock in task.held)}"
+
+
+@_property("S18", "a migration finds no vCPU half made")
+def _s18(world: World) -> Iterator[str]:
+    for kvm in live_vms(world):
+        for vcpu in kvm.vcpus.values():
+            if kvm.has_private_memory and vcpu.identity != kvm.machine.identity:
+                yield f"vCPU {vcpu.number} of vm {kvm.number} was made for {vcpu.identity}, not {kvm.machine.identity}"
 
 
 @_property("S19", "a bad page is nobody's any more")

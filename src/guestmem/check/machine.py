@@ -20,11 +20,9 @@ from guestmem.cpu.engine import Engine, GuestMemory
 from guestmem.cpu.scripted import Load, ScriptedEngine, Store
 from guestmem.host import Gmem, Host, Vm
 from guestmem.kvm.addresses import Gfn
-from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.dirty_log import get_dirty_log
 from guestmem.kvm.exits import Exit, HltExit, MemoryFaultExit
 from guestmem.kvm.gmem import set_memory_attributes2
-from guestmem.kvm.identity import VirtualMachine
 from guestmem.kvm.populate import PostPopulate, copy_source, populate
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.set_region import set_user_memory_region2
@@ -34,11 +32,10 @@ from guestmem.memory import (
     PAGE_SIZE,
     Access,
     Backing,
-    File,
     PageIndex,
     Pool,
 )
-from guestmem.sched import LockClass, Policy, Task
+from guestmem.sched import Policy, Task
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
 from guestmem.uapi.levels import FUTURE, AbiLevel
@@ -95,6 +92,12 @@ class Machine(Host):
         """The machine's first VM; made when first asked for."""
         return Vm(self, self.vms[0], 0) if self.vms else self.create_vm(vm_type)
 
+    def create_vm(self, vm_type: VmType = VmType.DEFAULT, level: AbiLevel | None = None) -> Vm:
+        """KVM_CREATE_VM."""
+        vm = super().create_vm(vm_type, level)
+        self.ghost.identity[vm.kvm.number] = vm.kvm.machine.identity
+        return vm
+
     def gmem(
         self, pages: int = 1, *, init_shared: bool = True, mmap: bool = True, gpa: int | None = 0, order: int = 0
     ) -> Gmem:
@@ -107,29 +110,6 @@ class Machine(Host):
         if gpa is not None:
             vm.set_memory_region(0, gpa, pages * PAGE_SIZE, gmem=gmem)
         return gmem
-
-    def second_view(self, gmem: Gmem, gpa: int = 0) -> Vm:
-        """Another struct kvm of the virtual machine that owns `gmem`, with a view of its own of the inode, bound at
-        `gpa`: what linking makes. The view lives as long as the VM's descriptor."""
-        owner = gmem.inode.owner
-        assert isinstance(owner, VirtualMachine)
-        vm = self.create_vm(VmType.SW_PROTECTED)
-        vm.kvm.machine.put()
-        vm.kvm.machine = owner
-        owner.get()
-        context = KvmGmemContext(vm.kvm, gmem.inode)
-        gmem.inode.references.get()
-        fd = self.process.fds.reserve()
-        context.file = File(
-            self.scheduler,
-            gmem.inode,
-            release=lambda _: context.release(),
-            release_takes=LockClass.SLOTS_LOCK,
-            private_data=context,
-        )
-        self.process.fds.install(fd, context.file)
-        vm.set_memory_region(0, gpa, gmem.inode.size, gmem=Gmem(self, context.file, fd))
-        return vm
 
     def actor(self, name: str, *calls: Call) -> None:
         """A task that makes `calls`, one after another, whatever their answers."""
@@ -155,13 +135,13 @@ class Machine(Host):
         """KVM_SET_MEMORY_ATTRIBUTES2 on the file."""
         bits = KVM_MEMORY_ATTRIBUTE_PRIVATE if to is Access.PRIVATE else 0
         attributes = MemoryAttributes2(page * PAGE_SIZE, pages * PAGE_SIZE, bits)
-        return self._atomic(set_memory_attributes2(gmem.file, attributes))
+        return self.atomic(set_memory_attributes2(gmem.file, attributes))
 
     def set_attributes_of(self, vm: Vm, to: Access, page: int = 0, pages: int = 1) -> Call:
         """KVM_SET_MEMORY_ATTRIBUTES on the VM, of levels without in-place conversion."""
         bits = KVM_MEMORY_ATTRIBUTE_PRIVATE if to is Access.PRIVATE else 0
         attributes = MemoryAttributes(page * PAGE_SIZE, pages * PAGE_SIZE, bits)
-        return self._atomic(set_memory_attributes(vm.kvm, attributes))
+        return self.atomic(set_memory_attributes(vm.kvm, attributes))
 
     def write(self, view: View, data: bytes, page: int = 0, process: Process | None = None) -> Call:
         """The host stores `data` at the start of a page of its mapping."""
@@ -224,7 +204,7 @@ class Machine(Host):
 
     def set_region(self, region: UserspaceMemoryRegion2, vm: Vm | None = None) -> Call:
         """KVM_SET_USER_MEMORY_REGION2, any."""
-        return self._atomic(set_user_memory_region2((vm or self.vm()).kvm, self.process.fds, region))
+        return self.atomic(set_user_memory_region2((vm or self.vm()).kvm, self.process.fds, region))
 
     def dirty_log(self, slot: int = 0) -> Call:
         """KVM_GET_DIRTY_LOG. Answers what it and all before it have named, as a VMM collects it that migrates."""
@@ -341,7 +321,7 @@ class Machine(Host):
         for call in calls:
             self.answers[name] += (await _answer(call),)
 
-    def _atomic(self, call: Call) -> Call:
+    def atomic(self, call: Call) -> Call:
         """S15: a refused call that nobody else ran beside has changed nothing."""
         if not self.failures_left:
             return call

@@ -42,6 +42,13 @@ class KvmGmemContext:
         self.registration = inode.register(self)
         kvm.get()
 
+    @property
+    def is_owners(self) -> bool:
+        """Whether this struct kvm has the identity that the memory belongs to. Not so for the destination of a
+        migration before the identity comes, and for the source afterwards: such a view maps nothing (S7)."""
+        owner = self.inode.owner
+        return owner is None or self.kvm.machine.identity == owner.identity
+
     # From memory to KVM: invalidations
 
     async def invalidate_begin(self, invalidation: Invalidation) -> None:
@@ -67,17 +74,23 @@ class KvmGmemContext:
         `access` None takes the page with whatever access it has: what a kernel without conversion does, where the
         file has one for all its pages.
 
-        Raises: Refusal EIO `fault.binding`; what Inode.fault refuses. Source: kvm_gmem_get_pfn.
+        Raises: Refusal EIO `fault.binding`; EFAULT `fault.identity`; what Inode.fault refuses.
+        Source: kvm_gmem_get_pfn.
         """
         async with self.inode.invalidate_lock.shared:
             asked = access or self.inode.access_at(slot.index_of(gfn))
             return await self.page_at(slot, gfn, asked), asked
 
     async def page_at(self, slot: MemorySlot, gfn: Gfn, access: Access) -> Page:
-        """The page behind a frame of a bound slot. The caller holds invalidate_lock. Raises: as get_pfn."""
+        """The page behind a frame of a bound slot. The caller holds invalidate_lock.
+
+        Raises: as get_pfn; Refusal EFAULT `fault.identity`.
+        """
         index = slot.index_of(gfn)
         if self.binding_at(index) is not slot:
             raise Refusal(errno.EIO, "fault.binding", slot=slot.id, gfn=gfn, index=index)
+        if not self.is_owners:
+            raise Refusal(errno.EFAULT, "fault.identity", vm=self.kvm.number, inode=self.inode.number)
         return await self.inode.fault(self.registration, index, access)
 
     # Bindings

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.vm import Kvm
-from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Abilities, Access, File, page_range
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Abilities, Access, File, Inode, page_range
 from guestmem.sched import LockClass
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import (
@@ -60,11 +60,13 @@ def supported_flags(kvm: Kvm) -> int:
 async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGuestMemfd) -> int:
     """A new inode and its first file; the descriptor. `reserved` is not looked at, as in the kernel.
 
-    Raises: Refusal EINVAL `create.flags`, `create.huge_size`, `create.size`, `create.huge_unaligned`; EMFILE
-    `fd.limit`; ENOMEM `create.nomem`, `create.reservation`, `create.cgroup`. In this order.
+    Raises: Refusal EIO `ioctl.vm_dead`; EINVAL `create.flags`, `create.huge_size`, `create.size`,
+    `create.huge_unaligned`; EMFILE `fd.limit`; ENOMEM `create.nomem`, `create.reservation`, `create.cgroup`. In this
+    order.
 
     Source: kvm_gmem_create; for huge pages "[RFC PATCH v2 00/51] 1G page support for guest_memfd".
     """
+    kvm.check_alive()
     flags, size = alleged.flags, alleged.size
     supported = supported_flags(kvm)
     known = supported
@@ -91,6 +93,12 @@ async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGues
     except Refusal:
         fds.unreserve(fd)
         raise
+    fds.install(fd, open_view(kvm, inode))
+    return fd
+
+
+def open_view(kvm: Kvm, inode: Inode) -> File:
+    """A file of `kvm` on an inode, whose reference it takes over. Source: kvm_gmem_alloc_view (link RFC v2)."""
     context = KvmGmemContext(kvm, inode)
     context.file = File(
         kvm.scheduler,
@@ -99,8 +107,7 @@ async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGues
         release_takes=LockClass.SLOTS_LOCK,
         private_data=context,
     )
-    fds.install(fd, context.file)
-    return fd
+    return context.file
 
 
 def _huge_order(kvm: Kvm, flags: int) -> int:
@@ -133,8 +140,10 @@ async def set_memory_attributes2(file: File, alleged: MemoryAttributes2) -> None
         raise Refusal(errno.EINVAL, "attributes2.flags", flags=alleged.flags)
     if any(alleged.reserved):
         raise Refusal(errno.EINVAL, "attributes2.reserved", reserved=alleged.reserved)
-    if not file.inode.abilities.convertible:
+    if not file.inode.abilities.convertible or not context.kvm.has_private_memory:
         raise Refusal(errno.EINVAL, "attributes2.no_private_memory", vm_type=context.kvm.vm_type.name)
+    if not context.is_owners:
+        raise Refusal(errno.EINVAL, "attributes2.owner", vm=context.kvm.number, inode=file.inode.number)
     if alleged.attributes & ~KVM_MEMORY_ATTRIBUTE_PRIVATE:
         raise Refusal(errno.EINVAL, "attributes2.attributes", attributes=alleged.attributes)
     offset, size = alleged.offset, alleged.size
@@ -169,8 +178,10 @@ async def gmem_convert(file: File, alleged: GmemConvert, to: Access) -> None:
     """
     context = require_hugetlb(file)
     offset, size = alleged.offset, alleged.size
-    if not file.inode.abilities.convertible:
+    if not file.inode.abilities.convertible or not context.kvm.has_private_memory:
         raise Refusal(errno.EINVAL, "gmem_convert.no_private_memory", vm_type=context.kvm.vm_type.name)
+    if not context.is_owners:
+        raise Refusal(errno.EINVAL, "attributes2.owner", vm=context.kvm.number, inode=file.inode.number)
     if alleged.error_offset:
         raise Refusal(errno.EINVAL, "gmem_convert.error_offset", error_offset_given=alleged.error_offset)
     if not size:

@@ -22,6 +22,7 @@ from guestmem.kvm.gmem import (
     require_in_place,
     set_memory_attributes2,
 )
+from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.vcpu import Vcpu
@@ -33,6 +34,7 @@ from guestmem.uapi import kvm as uapi
 from guestmem.uapi.structs import (
     CreateGuestMemfd,
     GmemConvert,
+    LinkGuestMemfd,
     MemoryAttributes,
     MemoryAttributes2,
     PreFaultMemory,
@@ -103,6 +105,7 @@ async def _dispatch(caller: Caller, file: OpenFile, request: int, argument: int)
 
 
 def _check_caller(caller: Caller, kvm: Kvm) -> None:
+    kvm.check_alive()
     if caller.mm is not kvm.mm:
         raise Refusal(errno.EIO, "ioctl.other_mm", vm=kvm.number)
 
@@ -110,6 +113,14 @@ def _check_caller(caller: Caller, kvm: Kvm) -> None:
 async def _create_guest_memfd(caller: Caller, kvm: Kvm, argument: int) -> int:
     data = await caller.mm.copy_from_user(argument, CreateGuestMemfd.SIZE)
     return await create_guest_memfd(kvm, caller.fds, CreateGuestMemfd.unpack(data))
+
+
+async def _link_guest_memfd(caller: Caller, kvm: Kvm, argument: int) -> int:
+    """Raises: Refusal ENOTTY `ioctl.unknown` before the level that has it; as link_guest_memfd."""
+    if not kvm.level.link:
+        raise Refusal(errno.ENOTTY, "ioctl.unknown", request=uapi.KVM_LINK_GUEST_MEMFD, on="VM")
+    data = await caller.mm.copy_from_user(argument, LinkGuestMemfd.SIZE)
+    return await link_guest_memfd(kvm, caller.fds, LinkGuestMemfd.unpack(data))
 
 
 async def _set_region2(caller: Caller, kvm: Kvm, argument: int) -> int:
@@ -183,4 +194,5 @@ VM_IOCTLS: dict[int, VmIoctl] = {
     uapi.KVM_SET_USER_MEMORY_REGION2: _set_region2,
     uapi.KVM_SET_MEMORY_ATTRIBUTES: _set_attributes,
     uapi.KVM_CREATE_GUEST_MEMFD: _create_guest_memfd,
+    uapi.KVM_LINK_GUEST_MEMFD: _link_guest_memfd,
 }

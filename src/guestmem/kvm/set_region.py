@@ -58,8 +58,9 @@ class Region(NamedTuple):
 async def set_user_memory_region2(kvm: Kvm, files: OpenFiles, alleged: UserspaceMemoryRegion2) -> None:
     """Do what `alleged` asks, all or nothing.
 
-    Raises: Refusal with the rules `region.*`, `bind.*`, `fd.not_open`.
+    Raises: Refusal EIO `ioctl.vm_dead`; with the rules `region.*`, `bind.*`, `fd.not_open`.
     """
+    kvm.check_alive()
     region = check_region(kvm, alleged)
     leftover: list[File] = []
     try:

@@ -26,6 +26,7 @@ from guestmem.kvm.exits import (
     MmioExit,
     ShutdownExit,
 )
+from guestmem.kvm.identity import Identity
 from guestmem.kvm.mmu import FaultResult, page_fault
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access
@@ -41,11 +42,13 @@ _U64 = 1 << 64
 class Vcpu:
     """One virtual CPU of `kvm`, which it holds. `immediate_exit` is the field of struct kvm_run.
 
-    `unanswered` is the exit whose answer the next run takes: its `data` or `ret`.
+    `unanswered` is the exit whose answer the next run takes: its `data` or `ret`. `identity` is the one that its state
+    was made for (a VMSA, a TDVPR), and moves with the virtual machine's.
     """
 
-    def __init__(self, kvm: Kvm, number: int, engine: Engine) -> None:
+    def __init__(self, kvm: Kvm, number: int, engine: Engine, identity: Identity) -> None:
         self.kvm = kvm
+        self.identity = identity
         self.number = number
         self.engine = engine
         self.mutex = Lock(kvm.scheduler, LockClass.VCPU_MUTEX, f"vcpu->mutex {number} vm {kvm.number}")
@@ -84,8 +87,9 @@ class Vcpu:
         None if it takes more than that: `run` then goes on from here. Nothing else runs meanwhile, so nobody can see
         that the mutex was not taken.
         """
-        if self.mutex.owner is not None or self.immediate_exit or self._begun is not None:
+        if self.mutex.owner is not None or self.immediate_exit or self._begun is not None or self.kvm.dead:
             return None
+        self.kvm.entered = True
         self._answer()
         stop = self.engine.run()
         match stop:
@@ -110,6 +114,8 @@ class Vcpu:
                 return InterruptedExit()
             if self.kvm.scheduler.signal_pending:
                 return InterruptedExit(by_signal=True)
+            self.kvm.check_alive()
+            self.kvm.entered = True
             stop, self._begun = self._begun or self.engine.run(), None
             exit_ = await self._handle(stop)
             if exit_ is not None:
@@ -217,10 +223,20 @@ class Vcpu:
 
 
 async def create_vcpu(kvm: Kvm, number: int) -> Vcpu:
-    """KVM_CREATE_VCPU. Raises: Refusal EEXIST `vcpu.exists`."""
+    """KVM_CREATE_VCPU. Raises: Refusal EIO `ioctl.vm_dead`; EEXIST `vcpu.exists`.
+
+    A vCPU is counted, then made with no lock held, then put online; a move of the identity in between would leave it
+    with the wrong one, so it looks at both counts (known bug B43). Source: kvm_vm_ioctl_create_vcpu.
+    """
+    kvm.check_alive()
+    async with kvm.lock:
+        kvm.created_vcpus += 1
+    identity = kvm.machine.identity
+    await kvm.scheduler.preempt("vCPU made, not online yet")
     async with kvm.lock:
         if number in kvm.vcpus:
+            kvm.created_vcpus -= 1
             raise Refusal(errno.EEXIST, "vcpu.exists", vcpu=number)
-        vcpu = Vcpu(kvm, number, kvm.environment.new_engine(kvm.stage2))
+        vcpu = Vcpu(kvm, number, kvm.environment.new_engine(kvm.stage2), identity)
         kvm.vcpus[number] = vcpu
         return vcpu

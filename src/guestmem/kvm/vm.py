@@ -1,11 +1,13 @@
 """Kvm: one struct kvm. Its locks, memslots, stage 2, attributes and vCPUs; what holds it, and its end.
 
-It is held by its file descriptor, its vCPUs and its guest_memfd files, and holds none of them: references go from
-file to kvm, never back (L3). The virtual machine (identity) is another object, see `identity`.
+It is held by its file descriptor, its vCPUs, its guest_memfd files and its helpers, and holds none of them: references
+go from file to kvm, never back (L3). The virtual machine (identity) is another object, see `identity`; it may move to
+another struct kvm (`enc_context`), which leaves this one dead.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,7 +19,7 @@ from guestmem.kvm.stage2 import Stage2
 from guestmem.memory import PAGE_SHIFT, Access, Inode, Pfn, Range
 from guestmem.memory.attributes import Attributes
 from guestmem.sched import Lock, LockClass, RefCount, Scheduler, Srcu, WaitQueue
-from guestmem.trace import Tracer
+from guestmem.trace import Refusal, Tracer
 from guestmem.uapi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE, MAX_PHYSICAL_ADDRESS_BITS, VmType
 from guestmem.uapi.levels import AbiLevel
 
@@ -118,6 +120,12 @@ class Kvm:
         self.stage2 = Stage2(scheduler, self.tracer, number, self._flush_tlbs)
         self.attributes: Attributes[Gfn] = Attributes(1 << (MAX_PHYSICAL_ADDRESS_BITS - 12), Access.SHARED)
         self.vcpus: dict[int, Vcpu] = {}
+        self.created_vcpus = 0  # and those that are being made
+        self.dead = False
+        self.entered = False  # a vCPU has run
+        self.migration_in_progress = False
+        self.mirror_of: Kvm | None = None
+        self.mirrors: list[Kvm] = []
         self.enabled_hypercalls = 0
         self.io_devices: list[IoDevice] = []
         self.irqchip: dict[int, bytes] | None = None  # KVM_CREATE_IRQCHIP; saved state by chip
@@ -147,6 +155,18 @@ class Kvm:
         state in the file. Source: kvm_supported_mem_attributes(); in-place v8 10/46."""
         tracked_here = self.has_private_memory and not self.level.in_place
         return KVM_MEMORY_ATTRIBUTE_PRIVATE if tracked_here else 0
+
+    @property
+    def identity_in_use(self) -> bool:
+        """Whether anything names this VM's own identity: memory, a helper, or a guest that has run. One that nothing
+        names is a destination for another VM's. Source: sev_guest(), which a destination must not be."""
+        return self.entered or self.mirror_of is not None or self.machine.references.value > 1
+
+    def check_alive(self) -> None:
+        """Raises: Refusal EIO `ioctl.vm_dead`, as every ioctl does on a VM whose identity has moved away. Source:
+        kvm->vm_dead."""
+        if self.dead:
+            raise Refusal(errno.EIO, "ioctl.vm_dead", vm=self.number)
 
     # Queries
 
@@ -208,11 +228,17 @@ class Kvm:
 
     async def put(self) -> None:
         """One holder less; the last one ends the VM. Never under a lock."""
-        if self.references.put():
-            self._destroy()
+        if not self.references.put():
+            return
+        self._destroy()
+        if self.mirror_of is not None:
+            async with self.mirror_of.lock:
+                self.mirror_of.mirrors.remove(self)
+            await self.mirror_of.put()
 
     def _destroy(self) -> None:
-        """Source: kvm_destroy_vm. Files pin the VM, so no binding is left by now."""
+        """Source: kvm_destroy_vm. Files pin the VM, so no binding is left by now, and so do helpers."""
+        assert not self.mirrors, f"S8: vm {self.number} ends before its helpers"
         self.mm.notifiers.remove(self)
         for slot in self.memslots.by_gfn:
             assert slot.context is None, f"S6: {slot} is bound in a VM that ends"

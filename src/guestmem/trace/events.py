@@ -141,6 +141,32 @@ class KvmUnbind(Event, frozen=True, tag="kvm_gmem_unbind"):
     end: int
 
 
+class KvmGmemLink(Event, frozen=True, tag="kvm_gmem_link"):
+    """`vm` has a view of an inode through a file of the struct kvm `source`."""
+
+    vm: int
+    source: int
+    inode: int
+
+
+class KvmMoveEncContext(Event, frozen=True, tag="kvm_move_enc_context"):
+    """`vm` has taken the identity of `source`, which is dead."""
+
+    vm: int
+    source: int
+    number: int
+    generation: int
+
+
+class KvmCopyEncContext(Event, frozen=True, tag="kvm_copy_enc_context"):
+    """`vm` is a helper of `source` and has its identity."""
+
+    vm: int
+    source: int
+    number: int
+    generation: int
+
+
 class KvmPageFault(Event, frozen=True, tag="kvm_page_fault"):
     """A guest access that missed stage 2. `result` is mapped, exit, retry or mmio."""
 

@@ -106,6 +106,11 @@ KVM_CREATE_GUEST_MEMFD = _iowr(0xD4, 64)
 KVM_GMEM_CONVERT_SHARED = 0xC040AF41  # proposed, on the guest_memfd fd; type 0xAF is its own
 KVM_GMEM_CONVERT_PRIVATE = 0xC040AF42
 KVM_PRE_FAULT_MEMORY = _iowr(0xD5, 64)
+KVM_LINK_GUEST_MEMFD = _iowr(0xD6, 64)  # proposed, on the destination's VM fd
+
+# KVM_ENABLE_CAP on the destination's VM fd; args[0] is the source's
+KVM_CAP_VM_COPY_ENC_CONTEXT_FROM = 197
+KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM = 206
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1

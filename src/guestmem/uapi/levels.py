@@ -17,7 +17,7 @@ class AbiLevel:
     already. `signed_range_end`: the end of a bound file range is compared as a signed number (known bug B04).
     `hugetlb`: files of huge pages, and the conversion calls that were posted with them. `own_file_system`: files lie in
     one of guest_memfd's own, with one NUMA policy for each inode, from 6.19 on. `gmem_dma`: IOMMU_IOAS_MAP_FILE takes a
-    guest_memfd."""
+    guest_memfd. `link`: files can be linked to another VM, and software-protected VMs migrate and have helpers."""
 
     name: str
     mmap: bool
@@ -27,6 +27,7 @@ class AbiLevel:
     own_file_system: bool = True
     hugetlb: bool = False
     gmem_dma: bool = False
+    link: bool = False
 
 
 LEVELS: dict[str, AbiLevel] = {
@@ -53,6 +54,7 @@ LEVELS: dict[str, AbiLevel] = {
             signed_range_end=False,
             hugetlb=True,
             gmem_dma=True,
+            link=True,
         ),
     )
 }

@@ -32,6 +32,9 @@ _FALLOCATE = "fallocate"
 _MMAP = "mmap"
 _PREFAULT = "KVM_PRE_FAULT_MEMORY"
 _FAULT = "fault"
+_LINK = "KVM_LINK_GUEST_MEMFD"
+_MOVE = "KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM"
+_COPY = "KVM_CAP_VM_COPY_ENC_CONTEXT_FROM"
 _IN_PLACE = "v7.4 future"
 _FUTURE = "future"
 _CONVERT = "KVM_GMEM_CONVERT_SHARED"
@@ -52,6 +55,7 @@ _TABLE = (
     Rule("list.too_long", ("E2BIG",), "any", 7, "the caller's list is longer than any can be", "cpuid.c, x86.c [M]"),
     Rule("wire.bad_request", ("EPROTO",), "any", 8, "no message that our shim sends", "docs/reference/wire.md [I]"),
     Rule("user.copy", ("EFAULT",), "any", 4, "the argument cannot be read or written", "copy_from_user [O N24 R64]"),
+    Rule("ioctl.vm_dead", ("EIO",), "any", 2, "the VM's identity has moved to another struct kvm", "kvm->vm_dead [M]"),
     # KVM_CREATE_GUEST_MEMFD
     Rule("create.flags", ("EINVAL",), _CREATE, 2, "a flag that this VM may not have", "uapi.md 6 [M] [O N14]"),
     Rule("create.size", ("EINVAL",), _CREATE, 3, "size is zero, negative or no multiple of a page", "[M] [O N1]"),
@@ -136,6 +140,7 @@ _TABLE = (
         "[P]",
         _IN_PLACE,
     ),
+    Rule("attributes2.owner", ("EINVAL",), _ATTRIBUTES2, 4, "the view is not of the owner", "R27 [I]", "future"),
     Rule("attributes2.attributes", ("EINVAL",), _ATTRIBUTES2, 5, "an attribute besides PRIVATE", "[P]", _IN_PLACE),
     Rule("attributes2.range", ("EINVAL",), _ATTRIBUTES2, 6, "size is zero, or offset + size wraps", "[P]", _IN_PLACE),
     Rule("attributes2.unaligned", ("EINVAL",), _ATTRIBUTES2, 7, "offset or size is not page aligned", "[P]", _IN_PLACE),
@@ -232,6 +237,25 @@ _TABLE = (
     Rule("fault.no_gmem", ("EFAULT",), "KVM_RUN", 3, "private access, and the slot has no guest_memfd", "[M]"),
     Rule("fault.file_gone", ("EFAULT",), "KVM_RUN", 4, "the slot's guest_memfd was closed", "[M]"),
     Rule("fault.binding", ("EIO",), "KVM_RUN", 5, "the page is bound to another slot", "__kvm_gmem_get_pfn [M]"),
+    Rule("fault.identity", ("EFAULT",), "KVM_RUN", 6, "the memory belongs to another virtual machine", "R24 R26 [I]"),
+    # KVM_LINK_GUEST_MEMFD, and where an identity goes
+    Rule("link.flags", ("EINVAL",), _LINK, 1, "flags must be zero", "kvm_gmem_link, link RFC v2 04/13 [P]", "future"),
+    Rule("link.not_open", ("EINVAL",), _LINK, 2, "the descriptor is not open", "not EBADF [P]", "future"),
+    Rule("link.not_gmem", ("EINVAL",), _LINK, 3, "the descriptor is not a guest_memfd", "[P]", "future"),
+    Rule("link.same_vm", ("EINVAL",), _LINK, 4, "the file is this VM's own view", "[P]", "future"),
+    Rule("link.identity", ("EINVAL",), _LINK, 5, "memory of another virtual machine", "R20 R26 [I]", "future"),
+    Rule("link.nomem", ("ENOMEM",), _LINK, 7, "the view cannot be allocated", "[P]", "future"),
+    Rule("enc_context.not_vm", ("EBADF",), _MOVE, 1, "the source descriptor is not a VM", "file_is_kvm() [M]"),
+    Rule("enc_context.same_vm", ("EINVAL",), _MOVE, 2, "source and destination are one VM", "sev_lock_two_vms [M]"),
+    Rule("enc_context.busy", ("EBUSY",), _MOVE, 3, "one of the two is being moved or copied", "sev_lock_two_vms [M]"),
+    Rule("enc_context.killed", ("EINTR",), _MOVE, 4, "killed while it waited for a vCPU or a lock", "sev.c [M]"),
+    Rule("move.type", ("EINVAL",), _MOVE, 5, "the two VMs are of different types", "sev_vm_move_enc_context_from [M]"),
+    Rule("move.source", ("EINVAL",), _MOVE, 6, "the source has no identity, or not any more", "!sev_guest(src) [M]"),
+    Rule("move.destination", ("EINVAL",), _MOVE, 7, "the destination uses its own identity", "sev_guest(dst) [M]"),
+    Rule("move.mirrors", ("EBUSY",), _MOVE, 8, "the source has helpers", "17d44a96f000 [M]"),
+    Rule("move.vcpu_creation", ("EBUSY",), _MOVE, 9, "a vCPU of one of the two is being made", "ecf371f8b02d [M]"),
+    Rule("copy.source", ("EINVAL",), _COPY, 5, "the source has no identity of its own", "mirror of a mirror [M]"),
+    Rule("copy.destination", ("EINVAL",), _COPY, 6, "the helper uses its own identity or has vCPUs", "sev.c [M]"),
     # What clients of /dev/kvm ask for besides memory
     Rule("dirty_log.none", ("ENOENT",), "KVM_GET_DIRTY_LOG", 1, "no such slot, or it is not logged", "[M] [O R83]"),
     Rule("dirty_log.range", ("EINVAL",), "KVM_CLEAR_DIRTY_LOG", 2, "the frames are not the slot's", "[M]"),

@@ -135,6 +135,18 @@ class GmemConvert(Argument):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LinkGuestMemfd(Argument):
+    """struct kvm_link_guest_memfd, proposed. The descriptor is a u64 of which the kernel looks at the low half."""
+
+    _LAYOUT = struct.Struct("<QQ6Q")
+    SIZE = 64
+
+    fd: int
+    flags: int = 0
+    reserved: tuple[int, ...] = (0,) * 6
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PreFaultMemory(Argument):
     """struct kvm_pre_fault_memory. `gpa` and `size` come back advanced."""
 
