@@ -32,3 +32,21 @@ def test_the_first_client_prints_what_the_readme_shows(tmp_path: pathlib.Path) -
     shown = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert shown is not None
     assert sorted(shown[1].splitlines()) == sorted(done.stdout.splitlines() + done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("kind", ["-no-pie", "-static"])
+def test_a_guest_outlives_the_vmm_that_is_killed(tmp_path: pathlib.Path, kind: str) -> None:
+    if shim_path() is None or shutil.which("gcc") is None:
+        pytest.skip("no gcc, or no shim: it was not there at installation")
+    client = tmp_path / "restart"
+    source = ROOT / "examples" / "clients" / "restart.c"
+    build = ["gcc", "-Wall", "-Werror", kind, "-o", str(client), str(source)]
+    built = subprocess.run(build, capture_output=True, text=True, check=False)
+    if built.returncode and "cannot find -lc" in built.stderr:
+        pytest.skip("no static libc (libc.a)")
+    assert built.returncode == 0, built.stderr
+    command = [sys.executable, "-m", "guestmem.cli.main", "run", "--", str(client)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": yes\n") == 3
+    assert ": no" not in done.stdout

@@ -22,6 +22,7 @@ OURS = (
     ("machine", "v6.18"),
     ("machine", "future"),
     ("borders", "future"),
+    ("links", "future"),
 )
 
 

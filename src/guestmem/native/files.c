@@ -1,10 +1,12 @@
-/* Which descriptors are ours. The file decides, not the number: by its st_ino, which the server knows. */
+/* Which descriptors are ours. The file decides, not the number: by its st_ino, which the server knows, and for linked
+ * guest_memfds, which are several files of one inode, by its position, where the server has put the view's number. */
 #define _GNU_SOURCE
 #include "shim.h"
 
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 /* ---- numbers that may be ours. Once set a bit stays: a vfork()ed child shares it with its parent, not the descriptor. */
 
@@ -113,11 +115,23 @@ enum kind file_of_stat(const struct stat *status, struct file *file, bool ask)
     return ask ? identify(status, file) : KIND_NONE;
 }
 
+enum { VIEW_SHIFT = 48, MAX_VIEW = 1 << 15 };
+
+/* The number of a file. A memfd that is none of ours may have any position. */
+uint64_t file_number(int fd, const struct stat *status)
+{
+    if (!S_ISREG(status->st_mode) || !could_be_ours(status))
+        return status->st_ino;
+    long view = sys(SYS_lseek, fd, 0, SEEK_CUR);
+    return status->st_ino | (uint64_t)(view > 0 && view < MAX_VIEW ? view : 0) << VIEW_SHIFT;
+}
+
 enum kind file_of(int fd, struct file *file)
 {
     struct stat status;
     if (fd < 0 || !shim_active() || is_error(sys(SYS_fstat, fd, &status)))
         return KIND_NONE;
+    status.st_ino = file_number(fd, &status);
     enum kind kind = file_of_stat(&status, file, true);
     if (kind != KIND_NONE)
         file_mark(fd);
@@ -136,6 +150,7 @@ void file_made(int fd, enum kind kind)
     file_mark(fd);
     if (kind == KIND_NONE || is_error(sys(SYS_fstat, fd, &status)))
         return;
+    status.st_ino = file_number(fd, &status);
     struct file file = {status.st_ino, kind, process.client};
     cache_store(&status, &file);
 }

@@ -134,7 +134,7 @@ int copy_from_client(void *to, const void *from, size_t length);
 enum kind { KIND_NONE, KIND_KVM, KIND_VM, KIND_VCPU, KIND_GMEM, KIND_GUP_TEST, KIND_IOMMU, KIND_VFIO };
 
 struct file {
-    uint64_t id; /* st_ino */
+    uint64_t id; /* st_ino, and the number of the view above it */
     enum kind kind;
     uint64_t maker; /* the client that made it */
 };
@@ -144,6 +144,7 @@ bool file_marked(int fd);                      /* never said of most descriptors
 int file_next_marked(int from);                /* the first not below `from`, or -1 */
 enum kind file_of(int fd, struct file *file);  /* asks fstat, the cache, and at last the server */
 enum kind file_of_marked(int fd, struct file *file);
+uint64_t file_number(int fd, const struct stat *status);
 enum kind file_of_stat(const struct stat *status, struct file *file, bool ask);
 void file_made(int fd, enum kind kind);
 void files_mark_inherited(void);

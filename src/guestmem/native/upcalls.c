@@ -70,7 +70,7 @@ static int up_fd(const struct wire_answer *up, struct done *done)
     if (is_error(flags) || is_error(sys(SYS_fstat, fd, &status)))
         return EBADF;
     done->facts[0] = status.st_dev;
-    done->facts[1] = status.st_ino;
+    done->facts[1] = file_number(fd, &status);
     done->facts[2] = (uint64_t)flags;
     done->payload = done->facts;
     done->length = sizeof(done->facts);

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from guestmem.memory import File
 from guestmem.serve.channel import ClientGone
 from guestmem.serve.client_thread import ClientThread
-from guestmem.serve.files import GmemFile, ServedFile
+from guestmem.serve.files import GmemFile, ServedFile, VmFile
 from guestmem.serve.wire import KEEP_ON_EXEC, Op, Request, Upcall, pack_answer
 from guestmem.trace import Refusal
 
@@ -152,7 +152,7 @@ class CallFiles:
         except Refusal as refusal:
             self.known[number] = refusal
         else:
-            self.known[number] = found.file if isinstance(found, GmemFile) else found
+            self.known[number] = _what_kvm_knows(found)
 
     def get(self, fd: int) -> Any:
         found = self.known[fd]
@@ -175,3 +175,13 @@ class CallFiles:
 
 def not_open(number: int) -> Refusal:
     return Refusal(errno.EBADF, "fd.not_open", fd=number)
+
+
+def _what_kvm_knows(found: ServedFile | int) -> object:
+    match found:
+        case GmemFile():
+            return found.file
+        case VmFile():
+            return found.kvm
+        case _:
+            return found

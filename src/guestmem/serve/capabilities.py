@@ -15,6 +15,8 @@ from guestmem.uapi.kvm import (
     GUEST_MEMFD_FLAG_HUGETLB,
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
+    KVM_CAP_VM_COPY_ENC_CONTEXT_FROM,
+    KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_USER_MEM_SLOTS,
     VmType,
@@ -98,6 +100,8 @@ _SPECIAL: dict[int, Callable[[AbiLevel, Kvm | None], int]] = {
     233: _memory_attributes,
     234: lambda level, kvm: int(kvm is None or level.mmap or kvm.has_private_memory),  # GUEST_MEMFD
     235: lambda level, kvm: vm_types(level),
+    KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: lambda level, kvm: int(level.link),
+    KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: lambda level, kvm: int(level.link),
     244: _guest_memfd_flags,
     250: _gmem_attributes,
 }

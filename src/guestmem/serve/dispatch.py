@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from guestmem.iommu import ioctl as iommu_ioctl
 from guestmem.kvm.ioctl import gmem_ioctl
+from guestmem.kvm.vm import Kvm
 from guestmem.serve import system_ioctls, vcpu_ioctls, vm_ioctls
 from guestmem.serve.call import Call
 from guestmem.serve.files import GmemFile, IommuFile, KvmDevice, VcpuFile, VfioFile, VmFile
@@ -38,10 +39,10 @@ async def ioctl(call: Call) -> int:
         case KvmDevice():
             return await _look_up(system_ioctls.TABLE, request, "/dev/kvm")(call, argument)
         case VmFile():
-            _check_owner(call, file.kvm.number)
+            _check_owner(call, file.kvm)
             return await _look_up(vm_ioctls.TABLE, request, "VM")(call, argument)
         case VcpuFile():
-            _check_owner(call, file.vcpu.kvm.number)
+            _check_owner(call, file.vcpu.kvm)
             return await _look_up(vcpu_ioctls.TABLE, request, "vCPU")(call, argument)
         case GmemFile():
             return await gmem_ioctl(call.client.memory, file.file, request, argument)
@@ -64,7 +65,8 @@ def _look_up(table: Table, request: int, on: str) -> IoctlHandler:
     return handler
 
 
-def _check_owner(call: Call, vm: int) -> None:
-    """A VM and its vCPUs belong to the address space that made them."""
+def _check_owner(call: Call, kvm: Kvm) -> None:
+    """A VM and its vCPUs belong to the address space that made them, until the VM is dead."""
     if call.file is None or call.file.owner is not call.client:
-        raise Refusal(errno.EIO, "ioctl.other_mm", vm=vm)
+        raise Refusal(errno.EIO, "ioctl.other_mm", vm=kvm.number)
+    kvm.check_alive()

@@ -3,14 +3,16 @@
 A token is one end of a socket pair. When its last descriptor in any process is closed the other end, here, reads
 end-of-file. A guest_memfd is a memfd opened a second time; inotify tells when that second open file is gone, its
 mappings included. Either way the moment is the kernel's own, and the release runs then.
+
+Linked guest_memfds are several open files of one memfd. What tells them apart is kept by the kernel in the open file
+itself: its position is the number of the view, since nobody can seek there; and a lock of its own, on a byte that only
+it locks, is gone when it is. See `views`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
-import struct
 from typing import TYPE_CHECKING
 
 from guestmem.iommu import Iommufd
@@ -20,15 +22,12 @@ from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SIZE, File, InodeStatistics, MemfdBacking
 from guestmem.serve.gmem_mappings import GmemMappings
 from guestmem.serve.kvm_run import CoalescedRing, KvmRun
+from guestmem.serve.views import Views, file_id
 from guestmem.serve.wire import FileKind
 
 if TYPE_CHECKING:
     from guestmem.serve.client import Client
     from guestmem.serve.engine_process import EngineProcess
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_IN_CLOSE_WRITE = 0x8
-_EVENT = struct.Struct("iIII")
 
 
 class ServedFile:
@@ -90,6 +89,7 @@ class GmemFile(ServedFile):
         assert isinstance(file.inode.backing, MemfdBacking)
         self.last_words: InodeStatistics | None = None
         self.file = file
+        self.view = 0  # its number among the open files of the inode
         self.mappings = GmemMappings(file.inode, file.inode.backing.fd)
 
     async def blocks(self) -> tuple[int, int]:
@@ -144,15 +144,13 @@ class Files:
 
     def __init__(self) -> None:
         self.by_inode: dict[int, ServedFile] = {}
-        self.inotify = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self.inotify < 0:
-            raise OSError(ctypes.get_errno(), "inotify_init1")
-        self._watched: dict[int, GmemFile] = {}
+        self.views = Views()
         self.gmem_device = _memfd_device()
         """st_dev of every memfd, and so of every guest_memfd."""
 
-    def get(self, inode: int) -> ServedFile | None:
-        return self.by_inode.get(inode)
+    def get(self, file: int) -> ServedFile | None:
+        """By `inode_number`: st_ino, and the number of the view above it. What is only a st_ino may be any view."""
+        return self.by_inode.get(file) or self.views.any_of(file)
 
     def add_token(self, file: ServedFile) -> tuple[socket.socket, int]:
         """Make the token of a file: our end, and the client's, which is a descriptor to be given away."""
@@ -162,39 +160,16 @@ class Files:
 
     def add_gmem(self, file: GmemFile) -> int:
         """Open a guest_memfd for a client: a descriptor to be given away."""
-        backing = file.mappings.backing_fd
-        path = f"/proc/self/fd/{backing}"
-        # Opened for writing and watched for the end of that: whoever looks at the file in between only reads.
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        watch = _libc.inotify_add_watch(self.inotify, path.encode(), _IN_CLOSE_WRITE)
-        if watch < 0:
-            os.close(fd)
-            raise OSError(ctypes.get_errno(), "inotify_add_watch")
-        self._watched[watch] = file
-        self._add(file, fd)
+        fd = self.views.open(file, file.mappings.backing_fd)
+        file.inode_number = file_id(os.fstat(fd).st_ino, file.view)
+        self.by_inode[file.inode_number] = file
         return fd
 
     def remove(self, file: ServedFile) -> None:
         self.by_inode.pop(file.inode_number, None)
 
-    def closed_gmems(self) -> list[GmemFile]:
-        """The guest_memfds whose last descriptor has been closed since the last call."""
-        closed = []
-        try:
-            events = os.read(self.inotify, 64 << 10)
-        except BlockingIOError:
-            return []
-        while events:
-            watch, _, _, length = _EVENT.unpack_from(events)
-            events = events[_EVENT.size + length :]
-            file = self._watched.pop(watch, None)
-            if file is not None:
-                _libc.inotify_rm_watch(self.inotify, watch)
-                closed.append(file)
-        return closed
-
     def close(self) -> None:
-        os.close(self.inotify)
+        self.views.close()
 
     def _add(self, file: ServedFile, fd: int) -> None:
         file.inode_number = os.fstat(fd).st_ino

@@ -12,7 +12,7 @@ import os
 import resource
 import select
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from guestmem.host import Host
@@ -59,7 +59,7 @@ class Server:
         self._tokens: set[int] = set()
         self._next_client = 1
         self.scheduler.spawn(_never(), "event loop")
-        self.watch(self.files.inotify, self._gmems_closed)
+        self.watch(self.files.views.inotify, self._gmems_closed)
 
     # The loop
 
@@ -84,11 +84,14 @@ class Server:
         """Serve until `until()` is true, which is asked after every event. Clients are started before this."""
         _allow_many_descriptors()
         step, poll, ready = self.scheduler.step, self._poll.poll, self._ready
+        views, doubtful = self.files.views, self.files.views.doubtful
         while not until():
             for fd, _ in poll(0) if step() else self._next_events():
                 on_ready = ready.get(fd)
                 if on_ready is not None:
                     on_ready()
+            if doubtful:
+                self._release_all(views.look_again())
 
     def _next_events(self) -> list[tuple[int, int]]:
         """What happens next: looked for a while, then slept for."""
@@ -99,7 +102,7 @@ class Server:
                 return events
             if look % _LOOKS_BEFORE_YIELD == 0:
                 os.sched_yield()  # a client may be waiting for this very CPU
-        return poll()
+        return poll(self.files.views.nap_ms())
 
     def close(self) -> None:
         """Kill what is under way and let go of every client."""
@@ -211,7 +214,7 @@ class Server:
         if at_once is None:
             return False
         file = self.files.by_inode.get(request.file)
-        if type(file) is not VcpuFile or file.owner is not channel.client:
+        if type(file) is not VcpuFile or file.owner is not channel.client or file.vcpu.kvm.dead:
             return False
         try:
             payload = at_once(file, request.b)
@@ -281,7 +284,10 @@ class Server:
         return theirs
 
     def _gmems_closed(self) -> None:
-        for file in self.files.closed_gmems():
+        self._release_all(self.files.views.closed())
+
+    def _release_all(self, files: Iterable[ServedFile]) -> None:
+        for file in files:
             self._release(file)
 
     def _release(self, file: ServedFile) -> None:
@@ -307,8 +313,9 @@ class Server:
     def notice_releases(self) -> None:
         """Take note of the descriptors that have been closed up to now."""
         for fd, _ in self._poll.poll(0):
-            if fd in self._tokens or fd == self.files.inotify:
+            if fd in self._tokens or fd == self.files.views.inotify:
                 self._ready[fd]()
+        self._release_all(self.files.views.look_at_all())
 
     async def sync(self) -> None:
         """Wait until every release that has been noticed is done."""

@@ -12,6 +12,7 @@ import time
 
 from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.dirty_log import clear_dirty_log, get_dirty_log
+from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_from
 from guestmem.kvm.ioctl import VM_IOCTLS
 from guestmem.kvm.vcpu import create_vcpu
 from guestmem.kvm.vm import Kvm
@@ -20,7 +21,7 @@ from guestmem.serve.call import Call, CallFiles, KvmCaller
 from guestmem.serve.files import VcpuFile, VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
-from guestmem.uapi.structs import UserspaceMemoryRegion2
+from guestmem.uapi.structs import LinkGuestMemfd, UserspaceMemoryRegion2
 
 _ENABLE_CAP = struct.Struct("<II4Q64x")
 _CLOCK = struct.Struct("<QIIQQ16x")
@@ -61,6 +62,9 @@ async def _memory(call: Call, argument: int) -> int:
         region = UserspaceMemoryRegion2.unpack(data)
         if region.flags & uapi.KVM_MEM_GUEST_MEMFD and region.memory_size:
             await files.look_up(region.guest_memfd)
+    elif request == uapi.KVM_LINK_GUEST_MEMFD:
+        data = await memory.copy_from_user(argument, LinkGuestMemfd.SIZE)
+        await files.look_up(LinkGuestMemfd.unpack(data).fd & 0xFFFF_FFFF)
     return await VM_IOCTLS[request](KvmCaller(memory, files), _kvm(call), argument)
 
 
@@ -191,8 +195,13 @@ async def _get_tsc_khz(call: Call, argument: int) -> int:
 
 
 async def _enable_cap(call: Call, argument: int) -> int:
-    """Raises: Refusal EINVAL `enable_cap.argument`. Source: kvm_vm_ioctl_enable_cap."""
+    """Raises: Refusal EINVAL `enable_cap.argument`; as `enc_context`. Source: kvm_vm_ioctl_enable_cap."""
     cap, flags, value, *_ = _ENABLE_CAP.unpack(await call.client.memory.copy_from_user(argument, _ENABLE_CAP.size))
+    if not flags and _kvm(call).level.link and cap in _CONTEXT_FROM:
+        files = CallFiles(call)
+        await files.look_up(value & 0xFFFF_FFFF)
+        await _CONTEXT_FROM[cap](_kvm(call), files, value & 0xFFFF_FFFF)
+        return 0
     valid = _ENABLED_BITS.get(cap)
     if flags or valid is None or value & ~valid:
         raise Refusal(errno.EINVAL, "enable_cap.argument", cap=cap, flags=flags, value=value)
@@ -201,6 +210,10 @@ async def _enable_cap(call: Call, argument: int) -> int:
     return 0
 
 
+_CONTEXT_FROM = {
+    uapi.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: copy_enc_context_from,
+    uapi.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: move_enc_context_from,
+}
 _ENABLED_BITS = {
     capabilities.EXIT_HYPERCALL: capabilities.EXIT_HYPERCALL_VALID,
     capabilities.DISABLE_QUIRKS: capabilities.QUIRKS_VALID,

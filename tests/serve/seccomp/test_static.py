@@ -23,6 +23,7 @@ CLIENTS = (
     ("machine", "future"),
     ("huge", "future"),
     ("killed", "future"),
+    ("links", "future"),
     ("calls", "v6.18"),
     ("threads", "v6.18"),
     ("exec", "v6.18"),

@@ -47,7 +47,9 @@ def _ioctl(tracee: Tracee, call: SystemCall) -> Work:
 def _done_at_once(tracee: Tracee, file: VcpuFile, request: int, argument: int) -> int | None:
     """What VMMs do all the time mostly needs no task; None if this does."""
     at_once = AT_ONCE.get(request)
-    if at_once is None or file.owner is not tracee.client or file.inode_number in tracee.supervisor.masks:
+    if at_once is None or file.owner is not tracee.client or file.vcpu.kvm.dead:
+        return None
+    if file.inode_number in tracee.supervisor.masks:
         return None
     payload = at_once(file, argument)
     if payload is None:

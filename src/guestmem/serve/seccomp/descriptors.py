@@ -7,6 +7,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from guestmem.serve.files import ServedFile
+from guestmem.serve.views import file_id
 
 if TYPE_CHECKING:
     from guestmem.serve.seccomp.tracee import Tracee
@@ -61,5 +62,14 @@ def _look_up(tracee: Tracee, fd: int) -> ServedFile | None:
         return None
     files = tracee.supervisor.server.files
     if stat.S_ISSOCK(status.st_mode) or status.st_dev == files.gmem_device:
-        return files.get(status.st_ino)
+        return files.get(number_of(tracee, fd, status.st_ino))
     return None
+
+
+def number_of(tracee: Tracee, fd: int, st_ino: int) -> int:
+    """The number of a file: of a guest_memfd that has been linked, with its view."""
+    if not tracee.supervisor.server.files.views.has_several(st_ino):
+        return st_ino
+    with open(f"/proc/{tracee.tid}/fdinfo/{fd}") as info:
+        position = next((int(line.split()[1]) for line in info if line.startswith("pos:")), 0)
+    return file_id(st_ino, position)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from guestmem.serve.channel import UpcallResult
 from guestmem.serve.proc_maps import find_vma
+from guestmem.serve.seccomp.descriptors import number_of
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.user_memory import read_memory, take_descriptor, write_memory
 from guestmem.serve.wire import Upcall
@@ -65,10 +66,11 @@ def _descriptor(tracee: Tracee, number: int, take: bool) -> UpcallResult:
         status = os.stat(f"/proc/{tracee.tid}/fd/{number}")
         with open(f"/proc/{tracee.tid}/fdinfo/{number}") as info:
             flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
+        file = number_of(tracee, number, status.st_ino)
         fds = [take_descriptor(tracee.tgid, number)] if take else []
     except (OSError, StopIteration):
         return _result(errno.EBADF)
-    return UpcallResult(0, 0, struct.pack("<QQQ", status.st_dev, status.st_ino, flags), fds)
+    return UpcallResult(0, 0, struct.pack("<QQQ", status.st_dev, file, flags), fds)
 
 
 async def _zap(tracee: Tracee, payload: bytes) -> int:
