@@ -27,10 +27,11 @@ from guestmem.memory import PAGE_SIZE, Access, PageIndex
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import VmType
 from guestmem.userspace import BUS_ADRERR, BUS_MCEERR_AR, Pin, Process, SigBus, SigSegv
+from tests.model_pages import ORDERS, Cell, Mapping, Page, Pinned, check_shape
 
 K = PAGE_SIZE
-PAGES = 5
-GUEST_PAGES = 8
+PAGES = 8
+GUEST_PAGES = 10
 SLOTS = 3
 PRIVATE, SHARED = Access.PRIVATE, Access.SHARED
 
@@ -41,41 +42,21 @@ accesses = st.sampled_from([PRIVATE, SHARED])
 assertions = st.sampled_from([None, None, True, False])
 
 
-@dataclasses.dataclass
-class Cell:
-    """The content of a page, as long as somebody can see it. The model looks at one byte of it."""
-
-    byte: int = 0
-
-
-@dataclasses.dataclass
-class Page:
-    access: Access
-    cell: Cell = dataclasses.field(default_factory=Cell)
-    allocated: bool = False
-    poisoned: bool = False
-
-
-@dataclasses.dataclass
-class Pinned:
-    pin: Pin
-    cells: list[Cell]
-    pages: list[Page]
-
-
-@dataclasses.dataclass
-class Mapping:
-    hva: int
-    first: int
-    pages: int
+class SmallHost(Host):
+    orders = ORDERS
 
 
 class GuestMemory(RuleBasedStateMachine):
-    """One file of a software-protected VM, two processes, three slots, one guest."""
+    """One file of a software-protected VM, of single pages or of huge ones, two processes, three slots, one guest."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.host = Host(memory=4096 * K, engine=lambda memory: ScriptedEngine(memory, []), debug=True)
+        self.host = SmallHost(
+            memory=4096 * K,
+            engine=lambda memory: ScriptedEngine(memory, []),
+            debug=True,
+            hugepages={order: PAGES >> order for order in ORDERS if order},
+        )
         ZeroGhost(self.host.tracer)
         check_every_step(self.host)
         self.vm: Vm = self.host.create_vm(VmType.SW_PROTECTED)
@@ -87,9 +68,12 @@ class GuestMemory(RuleBasedStateMachine):
         self.pins: list[Pinned] = []
         self.retired = 0
 
-    @initialize(init_shared=st.booleans())
-    def create(self, init_shared: bool) -> None:
-        self.gmem: Gmem = self.vm.create_guest_memfd(PAGES * K, mmap=True, init_shared=init_shared)
+    @initialize(init_shared=st.booleans(), order=st.sampled_from((0, 0, 1, 2)))
+    def create(self, init_shared: bool, order: int) -> None:
+        if order and self.host.hugetlb.pools[order].free < PAGES >> order:  # some went bad, or are pinned
+            order = 0
+        self.order = order
+        self.gmem: Gmem = self.vm.create_guest_memfd(PAGES * K, mmap=True, init_shared=init_shared, order=order)
         self.pages = [Page(SHARED if init_shared else PRIVATE) for _ in range(PAGES)]
         self.fd_open = True
         self.child_has_fd = False
@@ -151,7 +135,16 @@ class GuestMemory(RuleBasedStateMachine):
             assert got == self.pages[page].cell.byte
         else:
             self.pages[page].cell.byte = value
-        self.pages[page].allocated = True
+        self._allocated(page)
+
+    def _allocated(self, page: int) -> None:
+        """A page is there, and with it all of its huge page."""
+        for number in self._huge_page(page):
+            self.pages[number].allocated = True
+
+    def _huge_page(self, page: int) -> range:
+        first = page >> self.order << self.order
+        return range(first, first + (1 << self.order))
 
     def _expect_host_fault(self, page: int) -> int | None:
         if page >= PAGES or self.pages[page].access is PRIVATE:
@@ -183,7 +176,7 @@ class GuestMemory(RuleBasedStateMachine):
         faults = [number for number in wanted if self._expect_host_fault(number) is not None]
         pin = self._answer(lambda: self.host.run(call), "user.page" if faults else None)
         for number in wanted if not faults else range(page, faults[0]):
-            self.pages[number].allocated = True
+            self._allocated(number)
         if isinstance(pin, Pin):
             pages = [self.pages[number] for number in wanted]
             self.pins.append(Pinned(pin, [held.cell for held in pages], pages))
@@ -234,24 +227,43 @@ class GuestMemory(RuleBasedStateMachine):
     @precondition(lambda self: self.fd_open)
     @rule(pages=ranges)
     def allocate(self, pages: tuple[int, int]) -> None:
-        self.gmem.allocate(pages[0] * K, (pages[1] - pages[0]) * K)
-        for page in range(*pages):
-            self.pages[page].allocated = True
+        whole = all(edge % (1 << self.order) == 0 for edge in pages)
+        rule_expected = None if whole else "fallocate.unaligned"
+        self._answer(lambda: self.gmem.allocate(pages[0] * K, (pages[1] - pages[0]) * K), rule_expected)
+        for page in range(*pages) if whole else ():
+            self._allocated(page)
 
     @precondition(lambda self: self.fd_open)
     @rule(pages=ranges, beyond=st.integers(0, 2))
     def punch_hole(self, pages: tuple[int, int], beyond: int) -> None:
-        self.gmem.punch_hole(pages[0] * K, (pages[1] - pages[0] + beyond) * K)
-        for page in range(pages[0], min(pages[1] + beyond, PAGES)):
-            self.retired += self.pages[page].poisoned
-            self.pages[page] = Page(self.pages[page].access)
+        inside = range(pages[0], min(pages[1] + beyond, PAGES))
+        whole = [page for page in inside if all(other in inside for other in self._huge_page(page))]
+        if self.order and any(self.pages[page].poisoned for page in whole):
+            return  # the file would have fewer huge pages than its size from then on: test_huge_pages.py
+        busy = bool(self.order) and any(self._is_pinned(page) for page in whole)
+        before = snapshot(self.host)
+        call = self._answer(
+            lambda: self.gmem.punch_hole(pages[0] * K, (pages[1] - pages[0] + beyond) * K),
+            "punch.busy" if busy else None,
+        )
+        if isinstance(call, Refusal):
+            assert snapshot(self.host) == before, "S15"
+            return
+        for page in inside:
+            if page in whole:
+                self.retired += self.pages[page].poisoned
+                self.pages[page] = Page(self.pages[page].access)
+            else:  # a part of a huge page: zeroed where it is, for those who hold it too
+                self.pages[page].cell.byte = 0
 
     @precondition(lambda self: not self.released and self.retired < 20)
     @rule(page=page_numbers)
     def memory_failure(self, page: int) -> None:
+        folio = self.gmem.inode.folios.folio(PageIndex(page))
         done = self.host.run(self.gmem.inode.memory_failure(PageIndex(page)))
         assert done == self.pages[page].allocated
-        self.pages[page].poisoned |= done
+        for number in range(folio.start, folio.end) if done else ():
+            self.pages[number].poisoned = True
 
     @precondition(lambda self: self.fd_open)
     @rule()
@@ -266,16 +278,18 @@ class GuestMemory(RuleBasedStateMachine):
             return
         self.released = True
         assert self.gmem.inode.destroyed
-        self.retired += sum(page.poisoned for page in self.pages)
+        for first in range(0, PAGES, 1 << self.order):
+            if any(page.poisoned for page in self.pages[first : first + (1 << self.order)]):
+                self.retired += 1 << self.order
 
     @precondition(lambda self: self.released)
-    @rule(init_shared=st.booleans())
-    def create_another(self, init_shared: bool) -> None:
+    @rule(init_shared=st.booleans(), order=st.sampled_from((0, 0, 1, 2)))
+    def create_another(self, init_shared: bool, order: int) -> None:
         for slot in list(self.slots):
             self.delete_slot(slot)
         for pinned in self.pins:
             pinned.pages = [Page(SHARED) for _ in pinned.pages]
-        self.create(init_shared)
+        self.create(init_shared, order)
 
     # Memslots and the guest
 
@@ -334,7 +348,7 @@ class GuestMemory(RuleBasedStateMachine):
         else:
             page.cell.byte = value
         if page is not None:
-            page.allocated = True
+            self._allocated(self.pages.index(page))
 
     def _page_at(self, frame: int) -> Page | None:
         for start, first, count in self.slots.values():
@@ -363,7 +377,7 @@ class GuestMemory(RuleBasedStateMachine):
                 first_refusal = refusal
                 break
             assert page is not None
-            page.allocated = True
+            self._allocated(self.pages.index(page))
             done += 1
         answer = self._answer(lambda: self.vm.pre_fault(frame * K, count * K), None if done else first_refusal)
         if done:
@@ -377,11 +391,12 @@ class GuestMemory(RuleBasedStateMachine):
         source = self.host.anonymous(2 * K)
         source[0], source[K] = value, value
         done, refused = 0, None
-        for page in self.pages[first : first + min(count, size)]:
+        for number in range(first, first + min(count, size)):
+            page = self.pages[number]
             if page.access is SHARED:
                 refused = "populate.shared"
                 break
-            page.allocated = True
+            self._allocated(number)
             if page.poisoned:
                 refused = "fault.poisoned"
                 break
@@ -406,6 +421,7 @@ class GuestMemory(RuleBasedStateMachine):
             assert (number in inode.folios.present) == page.allocated
             assert (number in inode.folios.poisoned) == page.poisoned
             assert (number in inode.folios.references) == self._is_pinned(number)
+        check_shape(inode, self.pages)
         assert self.host.pool.statistics().retired == self.retired
 
     def teardown(self) -> None:
@@ -416,6 +432,8 @@ class GuestMemory(RuleBasedStateMachine):
         self.host.close()
         pool = self.host.pool.statistics()
         assert pool.allocated == pool.retired, "L3"
+        for huge in self.host.hugetlb.statistics().values():
+            assert (huge.used, huge.reserved, huge.charged) == (0, 0, 0), "L3"
         assert not self.host.identities.live, "L3"
         assert all(inode.destroyed for inode in self.host.inodes)
         assert all(vm.destroyed for vm in self.host.vms)

@@ -33,8 +33,7 @@ def test_found_by_a_property_that_it_breaks(name: str) -> None:
     assert hunted.found
     assert hunted.expected, f"{hunted.property} in {hunted.scenario}: {hunted.facts}"
     assert hunted.property in MUTANTS[name].breaks
-    assert hunted.schedule is not None
-    assert hunted.schedule.steps > 0
+    assert hunted.schedule is not None, "without steps, if it breaks while the scenario is set up"
 
 
 def test_every_entry_of_the_catalogue_is_a_mutant_or_says_what_it_waits_for() -> None:
