@@ -8,7 +8,8 @@ import pytest
 from pyroaring import BitMap64
 
 from guestmem.memory.pages import PAGE_SHIFT
-from guestmem.simulate.generators import GENERATORS, MAX_MEMORY, MIN_MEMORY, Generated, boot, swiotlb
+from guestmem.simulate.generators import GENERATORS, MIN_MEMORY, Generated, boot, swiotlb
+from guestmem.simulate.machine import MAX_BYTES
 from guestmem.simulate.source import Source
 from guestmem.trace import Refusal
 from guestmem.trace import events as event
@@ -131,7 +132,7 @@ def test_boot_shares_two_pages_for_each_vcpu_and_ends_as_kexec_does() -> None:
     assert sum(end - start == M2 for start, end in converted(source, "shared")) == 512 + 1, "bounce buffer and .bss"
 
 
-@pytest.mark.parametrize("memory", [0, MIN_MEMORY - (2 << 20), MIN_MEMORY + 4096, MAX_MEMORY + (2 << 20)])
+@pytest.mark.parametrize("memory", [0, MIN_MEMORY - (2 << 20), MIN_MEMORY + 4096, MAX_BYTES + (2 << 20)])
 def test_memories_that_cannot_be(memory: int) -> None:
     with pytest.raises(Refusal, match=r"generate\.memory"):
         Generated("random", memory, 1, 1).events()

@@ -138,6 +138,16 @@ def test_several_files_come_and_go() -> None:
         assert row.counts["flush"] >= 2, "both users of the second file had a leaf to drop"
 
 
+def test_a_sparse_file_of_any_size_is_refused_its_huge_pages_and_that_is_all() -> None:
+    size = (1 << 63) - PAGE
+    pages = size // PAGE
+    end = event.GmemFault(1, pages - 1, "kvm", "private", 0, 0)
+    trace = Listed((event.GmemCreate(1, size, 1), end, convert(0, pages, "shared"), convert(0, pages, "private"), end))
+    assert replay(trace, ORDER_1G, verify=True).refused == {"create.reservation": 1}
+    row = replay(trace, ORDER_4K, verify=True)
+    assert (row.refused, row.problems, row.leaves_most) == ({}, [], 1)
+
+
 def test_a_slot_that_is_deleted_takes_its_leaves() -> None:
     trace = Listed((create(G1), *touch(0, G1), event.KvmUnbind(0, 0, 1, 0, G1)))
     row = replay(trace, ORDER_2M, verify=True)

@@ -12,6 +12,8 @@ from guestmem.simulate.backing import NoBacking
 from guestmem.simulate.row import Combination
 from guestmem.simulate.source import Survey, folios_for
 
+MAX_BYTES = 64 << 40
+"""Memory of the largest machine: sparse files may be larger, huge pages have to be there. What is beyond is refused."""
 _MMAP, _INIT_SHARED = 1, 2
 
 
@@ -20,7 +22,7 @@ class Machine(Host):
 
     def __init__(self, combination: Combination, survey: Survey, spare: int | None) -> None:
         self.combination = combination
-        pages = survey.most[combination.order]
+        pages = min(survey.most[combination.order], MAX_BYTES // PAGE_SIZE >> combination.order)
         super().__init__(
             memory=pages * PAGE_SIZE << combination.order,
             hugepages={combination.order: pages} if combination.order else {},

@@ -336,7 +336,7 @@ _TABLE = (
     Rule("trace.range", ("EINVAL",), "simulate", 3, "no pages of the file, or no size of one", "trace_file.py [I]"),
     Rule("trace.access", ("EINVAL",), "simulate", 4, "neither shared nor private", "trace_file.py [I]"),
     Rule("trace.nothing", ("EINVAL",), "simulate", 5, "no guest_memfd is created in the trace", "trace_file.py [I]"),
-    Rule("generate.memory", ("EINVAL",), "simulate", 6, "1 GiB to 1 PiB in steps of 2 MiB", "generators [I]"),
+    Rule("generate.memory", ("EINVAL",), "simulate", 6, "1 GiB to 64 TiB in steps of 2 MiB", "generators [I]"),
     Rule("costs.file", ("EINVAL",), "simulate", 7, "not a cost model as --show-costs prints it", "costs.py [I]"),
 )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from guestmem.memory.pages import PAGE_SHIFT
 from guestmem.simulate.generators import balloon, boot, random_pages, swiotlb
+from guestmem.simulate.machine import MAX_BYTES
 from guestmem.simulate.source import Replayable
 from guestmem.trace import Refusal
 
@@ -25,7 +26,6 @@ GENERATORS: dict[str, Generator] = {
 }
 
 MIN_MEMORY = 1 << 30
-MAX_MEMORY = 1 << 50
 _UNIT = 2 << 20
 
 
@@ -46,6 +46,6 @@ class Generated:
         return f"{self.kind}, {self.memory >> 20:,} MiB, seed {self.seed}, count {self.count:,}"
 
     def events(self) -> Iterator[Replayable]:
-        if not MIN_MEMORY <= self.memory <= MAX_MEMORY or self.memory % _UNIT:
-            raise Refusal(errno.EINVAL, "generate.memory", memory=self.memory, least=MIN_MEMORY, most=MAX_MEMORY)
+        if not MIN_MEMORY <= self.memory <= MAX_BYTES or self.memory % _UNIT:
+            raise Refusal(errno.EINVAL, "generate.memory", memory=self.memory, least=MIN_MEMORY, most=MAX_BYTES)
         return GENERATORS[self.kind](self.memory >> PAGE_SHIFT, self.seed, self.count)
