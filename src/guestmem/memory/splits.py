@@ -54,9 +54,11 @@ class Splits:
         plan = []
         for order, split in self.split.items():
             first, last = pages.start >> order, -(-pages.end >> order)
-            if last - first == split.range_cardinality(first, last):
-                continue
-            plan.append((order, BitMap64(range(first, last)) - split))
+            if last - first == 1:  # what most conversions are
+                if first not in split:
+                    plan.append((order, BitMap64((first,))))
+            elif last - first != split.range_cardinality(first, last):
+                plan.append((order, BitMap64(range(first, last)) - split))
         return plan
 
     def apply(self, plan: list[Blocks]) -> None:
@@ -108,18 +110,19 @@ class Splits:
         is_held: Callable[[PageRange], bool],
     ) -> BitMap64:
         split, part = self.split[order], self._parts[order]
-        around = hull(pages, order)
-        first, last = around.start >> order, around.end >> order
+        first, last = pages.start >> order, -(-pages.end >> order)
         found = BitMap64()
-        if last - first > 2 and not is_held(around):  # the inner ones need no look: they are private throughout
+        if last - first == 1:  # what most conversions are
+            edges = [first] if first in split else []
+        elif last - first > 2 and not is_held(hull(pages, order)):  # the inner ones are private throughout
             inner = BitMap64(range(-(-pages.start >> order), pages.end >> order))
             found = split & inner
-            edges = [number for number in {first, last - 1} if number not in inner]
+            edges = [number for number in {first, last - 1} if number in split and number not in inner]
         else:
             edges = list(members(split, first, last))
         for number in edges:
             folio = block(PageIndex(number << order), order)
-            if number not in split or is_held(folio):
+            if is_held(folio):
                 continue
             if part:
                 parts_are_whole = not self.split[part].range_cardinality(folio.start >> part, folio.end >> part)
