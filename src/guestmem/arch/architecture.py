@@ -1,0 +1,163 @@
+"""What KVM and the IOMMU ask of the hardware and firmware that protect a guest's memory.
+
+Two levels. A `Platform` is one machine's: the tables that say who owns each page (RMP, PAMT, GPT, pKVM's page states)
+and the calls that change them. A `GuestArchitecture` is one virtual machine's, and what KVM calls; it moves with the
+identity. guest_memfd itself talks to neither (seed.md R10).
+
+All calls are synchronous and leave nothing half done. What hardware or firmware refuses is raised as `FirmwareError`,
+with the return code of the manual; KVM makes a Refusal, or a bad page, of it.
+
+Bytes. Guest code runs on raw host memory, so a page that is the guest's holds plaintext there while no host can reach
+it. When it becomes the host's again the architecture puts there what the hardware would show: ciphertext, zeros, or the
+same.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from guestmem.memory import Pfn
+
+
+class FirmwareError(Exception):
+    """A call of hardware or firmware that did not succeed. `code` is the manual's name of what it returned.
+
+    `corrected` is what firmware would have accepted, where it says so (SNP's CPUID page).
+    """
+
+    def __init__(self, call: str, code: str, corrected: bytes | None = None, **facts: object) -> None:
+        self.call = call
+        self.code = code
+        self.corrected = corrected
+        self.facts = facts
+        super().__init__(f"{call} returned {code}" + "".join(f", {name} {value}" for name, value in facts.items()))
+
+
+class Lifetime(enum.Enum):
+    """How long a page's entry in the ownership table lasts, if the page is not converted and does not leave the file.
+
+    BINDING: to the end of the memslot's binding. FOLIO: as long as the page is in the file. VM: to the end of the
+    virtual machine. Source: spec/seed.md section 6.
+    """
+
+    BINDING = "binding"
+    FOLIO = "folio"
+    VM = "vm"
+
+
+class Block(NamedTuple):
+    """2**order pages of host memory, naturally aligned: number of the first, server's address of its first byte."""
+
+    pfn: Pfn
+    order: int
+    hva: int
+
+    @property
+    def pages(self) -> int:
+        return 1 << self.order
+
+
+class Owner(NamedTuple):
+    """Whose a page is: number and generation of the identity, and the guest frame it is at, where the table knows."""
+
+    number: int
+    generation: int
+    gfn: int | None
+
+
+class GuestArchitecture(Protocol):
+    """One virtual machine as its architecture knows it.
+
+    `has_tables` is false where nothing below does anything, so that KVM need not call it.
+    """
+
+    has_tables: bool
+
+    def leaf_order(self, gfn: int, block: Block) -> int:
+        """The largest order, up to the block's, that a private leaf over it may have: what the tables hold already."""
+        ...
+
+    def make_private(self, gfn: int, block: Block) -> None:
+        """Before a private leaf is installed over `block` at `gfn`. Nothing to do for pages that are this guest's.
+
+        Source: kvm_arch_gmem_prepare, make_private in v8; mmu_lock held. Raises: FirmwareError.
+        """
+        ...
+
+    def make_shared(self, block: Block) -> None:
+        """The block is the host's from now on, its bytes what the hardware leaves. No private leaf shows it any more.
+
+        Nothing to do for pages that are the host's. Source: v8's make_shared. Raises: FirmwareError, nothing changed.
+        """
+        ...
+
+    def reclaim(self, block: Block) -> None:
+        """As make_shared, for pages that leave the file or, by policy, their binding: scrubbed where the architecture
+        wants it. Source: kvm_arch_gmem_invalidate, reclaim in v8. Raises: FirmwareError: never recycle the page."""
+        ...
+
+    def invalidate(self, gfn: int, pages: int) -> None:
+        """The private leaves over these frames were removed, no vCPU maps them. TDX: block, track, remove. Nothing to
+        do for frames that have none. Raises: FirmwareError, and the first frame that failed as its fact `gfn`."""
+        ...
+
+    def split(self, gfn: int, order: int) -> None:
+        """The private leaf of `order` at `gfn` gives way to leaves one order down. PSMASH, DEMOTE, RTT unfold."""
+        ...
+
+    def merge(self, gfn: int, order: int) -> None:
+        """Leaves one order down give way to one of `order` at `gfn`. PROMOTE, RTT fold. Raises: FirmwareError."""
+        ...
+
+    def check_access(self, gfn: int, pfn: Pfn, order: int, write: bool) -> bool:
+        """Whether the hardware lets the guest access a page through a private leaf of `order`; if not, it faults."""
+        ...
+
+    def start(self, policy: int) -> None:
+        """Launch begins. Raises: FirmwareError."""
+        ...
+
+    def populate(self, gfn: int, block: Block, source: bytes | None, kind: int = 0) -> None:
+        """Launch: add one page (order 0) with the bytes of `source`, None for those that it has, and measure it.
+
+        `kind` is the architecture's own number of a page type, 0 its ordinary one. Raises: FirmwareError.
+        """
+        ...
+
+    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
+        """Launch ends; the measurement. `vcpu_states` are the initial states that go into it. Raises: FirmwareError."""
+        ...
+
+    def teardown(self) -> bool:
+        """The virtual machine ends. Whether nothing names its identity now, so that the number may be used again."""
+        ...
+
+
+class Platform(Protocol):
+    """One machine's side of an architecture. `has_private_memory` is what KVM asks of a VM's type."""
+
+    name: str
+    has_private_memory: bool
+
+    def new_guest(self, number: int, generation: int) -> GuestArchitecture:
+        """A virtual machine under an ASID, HKID, ... that nobody else has; `generation` is never used again."""
+        ...
+
+    def owner(self, pfn: Pfn) -> Owner | None:
+        """Whose a page is; None if the host's."""
+        ...
+
+    def owned(self) -> Iterable[tuple[Pfn, Owner]]:
+        """Every page that is not the host's."""
+        ...
+
+    def dma_allowed(self, block: Block, trusted: bool) -> bool:
+        """Whether the hardware lets a device at a block through an IOMMU leaf of its order; `trusted`: a T=1 device."""
+        ...
+
+    def host_read(self, pfn: Pfn, hva: int) -> bytes:
+        """What a host would see that reads a page, whosever it is. Raises: FirmwareError where the machine would not
+        let it read, or would stop."""
+        ...
