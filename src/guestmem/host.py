@@ -153,8 +153,10 @@ class Host:
         """Plug a device in. `page_requests`: it can ask for pages that it finds not mapped."""
         return self.iommu.new_device(page_requests)
 
-    def new_inode(self, *, size: int, abilities: Abilities, owner: Owner | None = None, order: int = 0) -> Inode:
-        """An inode without a KVM: what the provider can do by itself (R13). Bytes; `order` is that of its huge pages.
+    def new_inode(
+        self, *, size: int, abilities: Abilities, owner: Owner | None = None, order: int = 0, memfd: int | None = None
+    ) -> Inode:
+        """An inode without a KVM (R13). Bytes; `order` is that of its huge pages, `memfd` 4K memory that is taken over.
 
         Raises: Refusal ENOMEM `create.reservation`, `create.cgroup`.
         """
@@ -162,7 +164,9 @@ class Host:
         source = self.hugetlb.subpool(order, size // PAGE_SIZE >> order) if order else self.pool
         mappable = abilities.mmap and self._clients
         try:
-            backing = self._new_backing(size // PAGE_SIZE, f"guest_memfd:{number}", order, mappable)
+            pages, name = size // PAGE_SIZE, f"guest_memfd:{number}"
+            given = MemfdBacking(pages, name, fd=memfd) if memfd is not None else None
+            backing = given or self._new_backing(pages, name, order, mappable)
         except OSError:
             source.close()
             raise
@@ -263,10 +267,7 @@ class Vm:
         return self._gmem(self.host.run(link_guest_memfd(self.kvm, fds, LinkGuestMemfd(gmem.fd)), "link"))
 
     def move_enc_context_from(self, source: Vm) -> None:
-        """KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: take the identity of `source`, which is dead afterwards.
-
-        Raises: Refusal `enc_context.*`, `move.*`; `source` goes on then.
-        """
+        """KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: `source` is dead afterwards. Raises: Refusal `enc_context.*`, `move.*`."""
         self.host.run(move_enc_context_from(self.kvm, self.host.process.fds, source.fd), "move")
 
     def copy_enc_context_from(self, source: Vm) -> None:

@@ -16,6 +16,7 @@ from guestmem.cli.huge_pages import page_counts, policy_of, shortages
 from guestmem.cli.run_report import print_report
 from guestmem.memory.host_pages import more_host_pages
 from guestmem.serve import launch
+from guestmem.serve.seccomp.elf import is_static
 from guestmem.serve.seccomp.start import CannotTrace
 from guestmem.serve.server import Server
 from guestmem.trace import Refusal, json_writer, text_writer
@@ -23,6 +24,9 @@ from guestmem.uapi.levels import LEVELS
 
 _NOT_FOUND, _NOT_EXECUTABLE, _CANNOT = 127, 126, 125
 """Exit codes of env(1) and timeout(1) for what went wrong before the command ran."""
+
+
+_NO_SHIM = "no shim: guestmem was installed without a C compiler, see guestmem doctor"
 
 
 def run(
@@ -43,6 +47,9 @@ def run(
         str | None,
         typer.Option(metavar="2M=N,1G=N", help="Have this machine set aside huge pages meanwhile, as root."),
     ] = None,
+    connect: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Run as a client of the guestmem serve at this socket.")
+    ] = None,
 ) -> None:
     """Run a KVM program on a software /dev/kvm with guest_memfd as of an ABI level.
 
@@ -54,6 +61,8 @@ def run(
     path = shutil.which(command[0])
     if path is None:
         raise _failure(f"{command[0]}: not found", _NOT_FOUND)
+    if connect is not None:
+        _connect([path, *command[1:]], connect)
     try:
         counts = None if hugepages is None else page_counts(hugepages)
         policy = policy_of(huge_policy)
@@ -77,12 +86,24 @@ def run(
         except CannotTrace as error:
             raise _failure(str(error)) from None
         except launch.NoShim:
-            raise _failure("no shim: guestmem was installed without a C compiler, see guestmem doctor") from None
+            raise _failure(_NO_SHIM) from None
         except OSError as error:
             raise _failure(f"{command[0]}: {error.strerror}", _NOT_EXECUTABLE) from error
     if explain or server.report.bugs:
         print_report(server.report)
     _end_as(status)
+
+
+def _connect(command: list[str], socket: Path) -> None:
+    """Become the command; what is for a server of our own means nothing then."""
+    if is_static(Path(command[0])):
+        raise _failure(f"{command[0]}: a static program, which only a server of its own can serve")
+    try:
+        launch.connect(command, socket)
+    except launch.NoShim:
+        raise _failure(_NO_SHIM) from None
+    except OSError as error:
+        raise _failure(f"{socket}: {error.strerror}") from None
 
 
 def _trace(server: Server, out: TextIO, json: bool) -> None:

@@ -45,9 +45,9 @@ async def move_enc_context_from(kvm: Kvm, files: OpenFiles, source_fd: int) -> N
 
     Its views of the memory stop mapping and those of `kvm` may; slots of `kvm` are best bound before.
 
-    Raises: Refusal EBADF `enc_context.not_vm`; EINVAL `enc_context.same_vm`; EBUSY `enc_context.busy`; EINTR
-    `enc_context.killed`; EINVAL `move.type`, `move.source`, `move.destination`; EBUSY `move.mirrors`,
-    `move.vcpu_creation`. In this order.
+    Raises: Refusal EBADF `enc_context.not_vm`; EINVAL `enc_context.same_vm`; EBUSY `enc_context.busy`,
+    `enc_context.preserved`; EINTR `enc_context.killed`; EINVAL `move.type`, `move.source`, `move.destination`;
+    EBUSY `move.mirrors`, `move.vcpu_creation`. In this order.
     """
     kvm.check_alive()
     source = _get_vm(files, source_fd)
@@ -104,8 +104,8 @@ async def copy_enc_context_from(kvm: Kvm, files: OpenFiles, source_fd: int) -> N
     It holds the owner, so it cannot outlive it (R25): closing the owner's descriptor ends the owner after the helper.
     The helper may be of another type than the owner: then it has the identity, and its own rule about private memory.
 
-    Raises: Refusal EBADF `enc_context.not_vm`; EINVAL `enc_context.same_vm`; EBUSY `enc_context.busy`; EINTR
-    `enc_context.killed`; EINVAL `copy.source`, `copy.destination`.
+    Raises: Refusal EBADF `enc_context.not_vm`; EINVAL `enc_context.same_vm`; EBUSY `enc_context.busy`,
+    `enc_context.preserved`; EINTR `enc_context.killed`; EINVAL `copy.source`, `copy.destination`.
     """
     kvm.check_alive()
     source = _get_vm(files, source_fd)
@@ -143,6 +143,8 @@ async def _both_locked(kvm: Kvm, source: Kvm) -> AsyncIterator[None]:
         raise Refusal(errno.EINVAL, "enc_context.same_vm", vm=kvm.number)
     if kvm.migration_in_progress or source.migration_in_progress:
         raise Refusal(errno.EBUSY, "enc_context.busy", vm=kvm.number, source=source.number)
+    if kvm.preserved or source.preserved:
+        raise Refusal(errno.EBUSY, "enc_context.preserved", vm=kvm.number, source=source.number)
     kvm.migration_in_progress = source.migration_in_progress = True
     try:
         async with _all_of(kvm, [kvm.lock, source.lock], "both kvm->lock"):

@@ -43,6 +43,21 @@ class IdentityPool:
         self.live[identity.number] = identity
         return identity
 
+    def adopt(self, identity: Identity) -> None:
+        """An identity of before the machine's update is one of its live ones again.
+
+        Raises: Refusal EBUSY `identity.taken` if its number is somebody else's now.
+        """
+        number = identity.number
+        if number in self.live or number > self._count:
+            raise Refusal(errno.EBUSY, "identity.taken", number=number)
+        while self._used < number:
+            self._used += 1
+            self._free.append(self._used)
+        self._free.remove(number)
+        self._generation = max(self._generation, identity.generation)
+        self.live[number] = identity
+
     def free(self, identity: Identity) -> None:
         assert self.live.pop(identity.number, None) == identity, f"S8: {identity} freed but not live"
         self._free.append(identity.number)
@@ -57,8 +72,9 @@ class VirtualMachine:
     that, and the interleaving tests found it here when it was built the kernel's way.
     """
 
-    def __init__(self, scheduler: Scheduler, pool: IdentityPool) -> None:
-        self.identity = pool.allocate()
+    def __init__(self, scheduler: Scheduler, pool: IdentityPool, identity: Identity | None = None) -> None:
+        """`identity`: one that was adopted. Raises: as IdentityPool.allocate."""
+        self.identity = identity or pool.allocate()
         self.references = RefCount(scheduler, f"virtual machine {self.identity.generation}")
         self._pool = pool
 

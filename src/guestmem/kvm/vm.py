@@ -102,8 +102,16 @@ class Kvm:
     """One VM file descriptor's worth. `number` names it in traces."""
 
     def __init__(
-        self, environment: KvmEnvironment, number: int, vm_type: VmType, level: AbiLevel, mm: HostAddressSpace
+        self,
+        environment: KvmEnvironment,
+        number: int,
+        vm_type: VmType,
+        level: AbiLevel,
+        mm: HostAddressSpace,
+        machine: VirtualMachine | None = None,
     ) -> None:
+        """`machine`: the virtual machine that this is the struct kvm of, whose reference it takes over; else a new
+        one. Raises: Refusal EBUSY `identity.exhausted`."""
         scheduler = environment.scheduler
         self.environment = environment
         self.scheduler = scheduler
@@ -112,7 +120,7 @@ class Kvm:
         self.vm_type = vm_type
         self.level = level
         self.mm = mm
-        self.machine = VirtualMachine(scheduler, environment.identities)
+        self.machine = machine or VirtualMachine(scheduler, environment.identities)
         self.lock = Lock(scheduler, LockClass.KVM_LOCK, f"kvm->lock vm {number}")
         self.slots_lock = Lock(scheduler, LockClass.SLOTS_LOCK, f"slots_lock vm {number}")
         self.srcu = Srcu(scheduler, f"kvm->srcu vm {number}")
@@ -124,6 +132,7 @@ class Kvm:
         self.dead = False
         self.entered = False  # a vCPU has run
         self.migration_in_progress = False
+        self.preserved = False  # for a live update: the identity stays where it is
         self.mirror_of: Kvm | None = None
         self.mirrors: list[Kvm] = []
         self.enabled_hypercalls = 0

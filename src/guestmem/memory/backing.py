@@ -81,10 +81,13 @@ class MemfdBacking:
 
     kind = "memfd"
 
-    def __init__(self, pages: int, name: str, junk: bool = False) -> None:
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.fchmod(self.fd, 0o600)
-        os.ftruncate(self.fd, pages << PAGE_SHIFT)
+    def __init__(self, pages: int, name: str, junk: bool = False, fd: int | None = None) -> None:
+        """`fd`: a memfd of this size that there is already, with what is in it; taken over."""
+        if fd is None:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            os.fchmod(fd, 0o600)
+            os.ftruncate(fd, pages << PAGE_SHIFT)
+        self.fd = fd
         self._size = pages << PAGE_SHIFT
         self._junk = junk
         self._dirty = BitMap64()  # freed pages that hold junk

@@ -41,7 +41,8 @@ async def convert(inode: Inode, pages: PageRange, to: Access) -> None:
     split is looked at like any folio.
 
     Raises: Refusal, with `error_offset` among its facts: ENOMEM `convert.nomem`, `split.vmemmap`; EAGAIN
-    `convert.busy`, `split.busy`, the first busy folio; EHWPOISON `convert.bad_page`, a user could not unmap.
+    `convert.busy`, `split.busy`, the first busy folio; EHWPOISON `convert.bad_page`, a user could not unmap; EPERM
+    `frozen.convert`.
     """
     if not inode.order or inode.policy.conversion is Conversion.ATOMIC:
         await convert_range(inode, pages, to)
@@ -63,6 +64,8 @@ async def convert_range(inode: Inode, pages: PageRange, to: Access) -> None:
     async with inode.invalidate_lock.exclusive:
         if inode.attributes.is_all(pages, to):
             return
+        if inode.frozen:
+            raise Refusal(errno.EPERM, "frozen.convert", error_offset=offset_of(pages.start))
         if inode.scheduler.fails("convert: preallocate"):
             raise Refusal(errno.ENOMEM, "convert.nomem", error_offset=offset_of(pages.start))
         to_be_split = present_parts(inode.folios, pages) if inode.order and to is Access.SHARED else ()

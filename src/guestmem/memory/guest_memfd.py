@@ -100,6 +100,7 @@ class Inode:
         self.users = Users(scheduler, tracer, number, self._record_unmap_failure)
         self.references = RefCount(scheduler, f"inode {number} references")
         self.destroyed = False
+        self.frozen = False
         self.scheduler = scheduler
         self.tracer = tracer
         self.conversions = 0
@@ -131,12 +132,14 @@ class Inode:
         its `Window` before it installs. No reference is kept.
 
         Raises: Refusal EFAULT `fault.past_end`, `fault.user_private`, `fault.access`; EHWPOISON `fault.poisoned`;
-        ENOMEM `pool.empty`, `backing.full`.
+        EPERM `frozen.fault`; ENOMEM `pool.empty`, `backing.full`.
         Source: kvm_gmem_get_pfn, kvm_gmem_fault_user_mapping.
         """
         assert self.invalidate_lock.held_by_me, "fault without invalidate_lock"
         self._check_fault(registration.user, index, access)
         if index not in self.folios.present:
+            if self.frozen:
+                raise Refusal(errno.EPERM, "frozen.fault", index=index)
             await fill(self, self.folios.huge_page(index))
         reference = self.folios.get(index)
         try:
@@ -200,6 +203,7 @@ class Inode:
         Source: kvm_gmem_allocate.
         """
         async with self.invalidate_lock.shared:
+            self._check_not_frozen()
             batch = max(self.allocate_batch, 1 << self.order)
             for start in range(pages.start, pages.end, batch):
                 if self.scheduler.signal_pending:
@@ -215,7 +219,7 @@ class Inode:
         holder; a huge page of which a part is pinned refuses, and so does the whole hole. A huge page that the hole
         covers in part stays, and that part becomes zero. What lies beyond the end of the file is no error and nothing.
 
-        Raises: Refusal EAGAIN `punch.busy`, for files of huge pages only.
+        Raises: Refusal EAGAIN `punch.busy`, for files of huge pages only; EPERM `frozen.fallocate`.
         Source: kvm_gmem_punch_hole; semantics.md sections 4 and 10.
         """
         inside = pages.intersection(Range(PageIndex(0), PageIndex(self.pages)))
@@ -224,6 +228,7 @@ class Inode:
         huge_pages, parts = whole_blocks(inside, self.order)
         invalidation = Invalidation(inside, Reason.TRUNCATE, BOTH, hull(inside, self.order))
         async with self.invalidate_lock.exclusive, self.users.tell(invalidation) as telling:
+            self._check_not_frozen()
             await telling.begin()
             if huge_pages is not None:
                 busy = self.folios.first_referenced(huge_pages) if self.order else None
@@ -232,6 +237,19 @@ class Inode:
                 self._truncate(huge_pages)
             for part in parts:
                 self._zero_range(part)
+
+    async def freeze(self, frozen: bool = True) -> None:
+        """From the return of this no page comes, goes or is converted; those that are there can be had as ever.
+
+        So a description of the file stays true until it is handed over. Source: kvm_gmem_freeze, "[RFC PATCH v2 00/10]
+        liveupdate: kvm: Guest_memfd preservation", where SRCU keeps the same things out.
+        """
+        async with self.invalidate_lock.exclusive:
+            self.frozen = frozen
+
+    def _check_not_frozen(self) -> None:
+        if self.frozen:
+            raise Refusal(errno.EPERM, "frozen.fallocate", inode=self.number)
 
     def _truncate(self, pages: PageRange) -> None:
         self._peak = max(self._peak, len(self.folios.present))  # only a hole makes it less

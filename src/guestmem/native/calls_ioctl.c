@@ -12,6 +12,7 @@
 #include "calls.h"
 
 enum { TYPE_KVM = 0xAE, TYPE_GMEM = 0xAF, TYPE_GUP_TEST = 'g', TYPE_IOMMU = ';', TYPE_USERFAULTFD = 0xAA };
+enum { FD_AT = 4 }; /* where a structure of /dev/liveupdate has its descriptor */
 
 #define KVM_RUN 0xAE80UL
 #define KVM_SET_SIGNAL_MASK 0x4004AE8BUL
@@ -48,6 +49,8 @@ static long call_ioctl(struct call *call, const struct file *file, unsigned long
     if (call->fd < 0)
         return call->answer.value;
     file_made(call->fd, KIND_NONE);
+    if (call->answer.a & ANSWER_FD_IN_ARGUMENT)
+        return copy_to_client((char *)argument + FD_AT, &call->fd, sizeof(call->fd)) ? -EFAULT : call->answer.value;
     return call->fd;
 }
 

@@ -35,6 +35,8 @@ static uint64_t device_of(const char *path)
         return OPEN_KVM;
     if (!strcmp(path, "/dev/iommu"))
         return OPEN_IOMMU;
+    if (!strcmp(path, "/dev/liveupdate"))
+        return OPEN_LIVE_UPDATE;
     if (!strncmp(path, VFIO_PATH, sizeof(VFIO_PATH) - 1))
         return vfio_device(path + sizeof(VFIO_PATH) - 1);
     return strcmp(path, "/sys/kernel/debug/gup_test") ? 0 : OPEN_GUP_TEST;
@@ -65,6 +67,8 @@ static enum kind kind_of_device(uint64_t device)
         return KIND_GUP_TEST;
     case OPEN_IOMMU:
         return KIND_IOMMU;
+    case OPEN_LIVE_UPDATE:
+        return KIND_LIVE_UPDATE;
     default:
         return KIND_VFIO;
     }
@@ -202,6 +206,10 @@ static const char *shown_name(enum kind kind)
         return "anon_inode:[kvm-gmem]";
     case KIND_IOMMU:
         return "/dev/iommu";
+    case KIND_LIVE_UPDATE:
+        return "/dev/liveupdate";
+    case KIND_SESSION:
+        return "anon_inode:[luo_session]";
     case KIND_VFIO:
         return "/dev/vfio/devices/vfio0";
     default:

@@ -26,6 +26,8 @@ static mode_t shown_mode(enum kind kind)
     case KIND_IOMMU:
     case KIND_VFIO:
         return S_IFCHR | 0660;
+    case KIND_LIVE_UPDATE:
+        return S_IFCHR | 0600;
     default:
         return 0600;
     }

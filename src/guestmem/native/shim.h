@@ -131,7 +131,7 @@ int copy_from_client(void *to, const void *from, size_t length);
 
 /* ---- files.c */
 
-enum kind { KIND_NONE, KIND_KVM, KIND_VM, KIND_VCPU, KIND_GMEM, KIND_GUP_TEST, KIND_IOMMU, KIND_VFIO };
+enum kind { KIND_NONE, KIND_KVM, KIND_VM, KIND_VCPU, KIND_GMEM, KIND_GUP_TEST, KIND_IOMMU, KIND_VFIO, KIND_LIVE_UPDATE, KIND_SESSION };
 
 struct file {
     uint64_t id; /* st_ino, and the number of the view above it */

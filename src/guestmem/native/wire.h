@@ -40,9 +40,9 @@ enum wire_upcall {
 };
 
 enum { HELLO_HELPER = 1, HELLO_FORKED = 2 };
-enum { OPEN_KVM = 1, OPEN_GUP_TEST = 2, OPEN_IOMMU = 3, OPEN_VFIO = 4 };
+enum { OPEN_KVM = 1, OPEN_GUP_TEST = 2, OPEN_IOMMU = 3, OPEN_VFIO = 4, OPEN_LIVE_UPDATE = 100 };
 enum { VFIO_DEVICES = 6 };
-enum { ANSWER_KEEP_ON_EXEC = 1 };
+enum { ANSWER_KEEP_ON_EXEC = 1, ANSWER_FD_IN_ARGUMENT = 2 };
 enum { REPLACE_HUGETLB = 1, REPLACE_PRIVATE = 2 };
 
 struct wire_request {

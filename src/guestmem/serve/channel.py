@@ -72,6 +72,15 @@ class Channel:
             self._on_request(self, request, fds)
         return True
 
+    def is_connected(self) -> bool:
+        """Whether the thread at the other end is still there."""
+        try:
+            return self.open and bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def close(self) -> None:
         """The client is gone: what it waits for is interrupted, what waits for it is told."""
         self.open = False

@@ -21,6 +21,7 @@ from guestmem.serve.call import Call
 from guestmem.serve.files import GmemFile, IommuFile, KvmDevice, VcpuFile, VfioFile, VmFile
 from guestmem.serve.gup_test import GupTest
 from guestmem.serve.iommu_caller import IommuCaller
+from guestmem.serve.liveupdate import LiveUpdateFile, SessionFile
 from guestmem.trace import Refusal
 
 IoctlHandler: TypeAlias = Callable[[Call, int], Awaitable[int]]
@@ -52,6 +53,8 @@ async def ioctl(call: Call) -> int:
         case VfioFile():
             call.begin_ioctl(len(call.request.payload), _IOC_READ)
             return await file.vfio.ioctl(IommuCaller(call), request, argument)
+        case LiveUpdateFile() | SessionFile():
+            return await file.ioctl(call, request, argument)
         case GupTest():
             return await file.ioctl(call, request, argument)
         case _:

@@ -97,10 +97,35 @@ class GmemMappings:
         """A mapping that is new, and that the client cannot touch yet: close it where the pages are private."""
         async with self.inode.invalidate_lock.shared:
             self.areas.append(area)
-            await area.client.guard.cover(area, area.ranges(area.pages, Access.PRIVATE))
+            await area.client.guard.cover(area, area.ranges(area.pages, Access.PRIVATE) + self._frozen_ranges(area))
 
     def detach(self, area: GmemArea) -> None:
         self.areas.remove(area)
+
+    async def freeze(self) -> None:
+        """The inode is frozen: close every page that is not there, in the mappings of all files."""
+        await self.learn()
+        for mappings in self._of_every_file():
+            for area in list(mappings.areas):
+                if area.client.alive and (ranges := mappings._frozen_ranges(area)):
+                    await area.client.guard.close_ranges(area, ranges)
+
+    async def thaw(self) -> None:
+        """It is frozen no more: open what is shared."""
+        for mappings in self._of_every_file():
+            for area in list(mappings.areas):
+                if area.client.alive and (ranges := area.ranges(area.pages, Access.SHARED)):
+                    await area.client.guard.open_ranges(area, ranges)
+
+    def _of_every_file(self) -> list[GmemMappings]:
+        users = (registration.user for registration in self.inode.users.registrations)
+        return [user for user in users if isinstance(user, GmemMappings)]
+
+    def _frozen_ranges(self, area: GmemArea) -> list[HvaRange]:
+        inside = area.pages.intersection(Range(PageIndex(0), PageIndex(self.inode.pages)))
+        if not self.inode.frozen or inside is None:
+            return []
+        return [hvas for gap in self.inode.folios.absent(inside) if (hvas := area.hvas_of(gap))]
 
     async def learn(self) -> None:
         """Have the provider know every page that clients have faulted in, for its statistics."""

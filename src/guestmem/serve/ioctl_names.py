@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from guestmem.serve import gup_test
-from guestmem.uapi import iommufd, kvm
+from guestmem.uapi import iommufd, kvm, liveupdate
 
-_PREFIXES = ("KVM_", "PIN_", "IOMMU_", "VFIO_DEVICE_", "GUESTMEM_DMA_")
-_TYPES = (kvm.KVMIO, 0xAF, ord("g"), ord(";"))
+_PREFIXES = ("KVM_", "PIN_", "IOMMU_", "VFIO_DEVICE_", "GUESTMEM_DMA_", "LIVEUPDATE_")
+_TYPES = (kvm.KVMIO, 0xAF, ord("g"), ord(";"), 0xBA)
 _NAMES = {
     value: name
-    for module in (kvm, gup_test, iommufd)
+    for module in (kvm, gup_test, iommufd, liveupdate)
     for name, value in vars(module).items()
     if isinstance(value, int) and name.startswith(_PREFIXES) and (value >> 8 & 0xFF) in _TYPES
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -83,12 +84,57 @@ def run(server: Server, command: Sequence[str], transport: Transport = Transport
             server.close()
 
 
+def connect(command: Sequence[str], socket_path: Path) -> None:
+    """Become `command`, a dynamic program, as a client of a server that runs already.
+
+    Raises: NoShim; OSError if the command cannot be started or nobody serves at the path.
+    """
+    shim = shim_path()
+    if shim is None:
+        raise NoShim
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.connect(str(socket_path))
+    os.execve(command[0], list(command), _environment(str(socket_path.absolute()), shim))
+
+
+def serve_until_told(server: Server) -> None:
+    """Serve whoever comes until SIGTERM or SIGINT."""
+    told = False
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def end(number: int, _: object) -> None:
+        nonlocal told
+        told = True
+
+    former = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    wakeup = signal.set_wakeup_fd(writer.fileno())
+    server.watch(reader.fileno(), lambda: _drain(reader))
+    try:
+        server.run(until=lambda: told)
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        server.unwatch(reader.fileno())
+        reader.close()
+        writer.close()
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _drain(reader: socket.socket) -> None:
+    reader.recv(64)
+
+
 def _start(command: Sequence[str], socket_path: str, shim: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(list(command), env=_environment(socket_path, shim))
+
+
+def _environment(socket_path: str, shim: Path) -> dict[str, str]:
     environment = dict(os.environ)
     preloaded = [str(shim), *filter(None, [environment.get("LD_PRELOAD")])]
     environment["LD_PRELOAD"] = ":".join(preloaded)
     environment[SOCKET_VARIABLE] = socket_path
-    return subprocess.Popen(list(command), env=environment)
+    return environment
 
 
 def _serve(server: Server, client: subprocess.Popen[bytes]) -> int:

@@ -32,6 +32,8 @@ _KINDS = {
     FileKind.GUP_TEST: "gup_test",
     FileKind.IOMMU: "/dev/iommu",
     FileKind.VFIO: "VFIO device",
+    FileKind.LIVE_UPDATE: "/dev/liveupdate",
+    FileKind.SESSION: "live update session",
 }
 
 

@@ -51,6 +51,8 @@ async def _open(call: Call) -> int:
             file = GupTest(call.client)
         case wire.OPEN_IOMMU:
             file = IommuFile(call.client, call.server.host.iommu.open())
+        case wire.OPEN_LIVE_UPDATE:
+            file = call.server.sessions.open_device(call.client)
         case device if wire.OPEN_VFIO <= device < wire.OPEN_VFIO + wire.VFIO_DEVICES:
             file = open_vfio(call, device - wire.OPEN_VFIO)
         case _:

@@ -11,8 +11,10 @@ import errno
 import os
 import resource
 import select
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 from guestmem.host import Host
@@ -22,6 +24,7 @@ from guestmem.serve.call import Call
 from guestmem.serve.channel import Channel, close_all, peer_pid
 from guestmem.serve.client import Client
 from guestmem.serve.files import Files, ServedFile, VcpuFile
+from guestmem.serve.liveupdate import Sessions
 from guestmem.serve.report import Report
 from guestmem.serve.vcpu_ioctls import AT_ONCE
 from guestmem.serve.wire import HELLO_FORKED, HELLO_HELPER, VERSION, Op, Request, pack_answer
@@ -46,6 +49,7 @@ class Server:
         self.scheduler = host.scheduler
         self.report = report
         self.files = Files()
+        self.sessions = Sessions(self)
         self.clients: dict[int, Client] = {}  # by number
         self.releases = 0
         self._handlers = handlers
@@ -63,8 +67,12 @@ class Server:
 
     # The loop
 
-    def listen(self, path: str) -> None:
-        """Take connections at a socket path. Raises: OSError."""
+    def listen(self, path: str, replace: bool = False) -> None:
+        """Take connections at a socket path; with `replace` one of a server that is no more is taken away. Raises:
+        OSError."""
+        if replace and not _is_served(path):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind(path)
@@ -104,11 +112,25 @@ class Server:
                 os.sched_yield()  # a client may be waiting for this very CPU
         return poll(self.files.views.nap_ms())
 
-    def close(self) -> None:
-        """Kill what is under way and let go of every client."""
+    def stop(self) -> None:
+        """Kill what is under way: from now on nothing changes. Idempotent."""
         for client in self.clients.values():
             client.end()
         self.scheduler.close()
+
+    def kill_clients(self) -> None:
+        """End every process that is connected, and wait until it has ended: private memory is guarded no more when this
+        server is not there. As a kexec does."""
+        for pid in {client.pid for client in self.clients.values() if any(c.is_connected() for c in client.channels)}:
+            with suppress(ProcessLookupError):
+                process = os.pidfd_open(pid)
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+                select.select([process], [], [])
+                os.close(process)
+
+    def close(self) -> None:
+        """Kill what is under way and let go of every client."""
+        self.stop()
         for file in list(self.files.by_inode.values()):
             self.files.remove(file)
             self.scheduler.run(self._run_release(file), "release")
@@ -331,6 +353,12 @@ def _allow_many_descriptors() -> None:
 async def _never() -> None:
     """Parked for ever, so that a running vCPU always finds somebody to give way to: the loop."""
     await park(Operation("wait", "events", lambda: False))
+
+
+def _is_served(path: str) -> bool:
+    """Whether somebody listens at a socket path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        return probe.connect_ex(path) == 0
 
 
 def _lives(pid: int) -> bool:

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import secrets
 import struct
 import time
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _IN_CLOSE_WRITE = 0x8
 _EVENT = struct.Struct("iIII")
 _FLOCK = struct.Struct("hh4xqqi4x")
-_LOCKED_BYTE = 1 << 62
+_FIRST_BYTE, _LAST_BYTE = 1 << 62, (1 << 63) - 2
 _LOOK_AGAIN_FOR = 1.0
 _FIRST_NAP = 0.001
 
@@ -42,7 +43,8 @@ def file_id(st_ino: int, view: int) -> int:
 
 
 class _Inode:
-    """The open files of one memfd. `linked` is set by the second, and stays: from then on an event says too little."""
+    """The open files of one memfd. `linked` from the second on, of this server or of one before: an event says too
+    little then."""
 
     def __init__(self, st_ino: int, backing_fd: int) -> None:
         self.st_ino = st_ino
@@ -63,6 +65,7 @@ class Views:
         if self.inotify < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1")
         self.doubtful: set[int] = set()
+        self._base = _FIRST_BYTE + (secrets.randbits(40) << 16)  # another server's clients may have the memory open
         self._watched: dict[int, _Inode] = {}
         self._inodes: dict[int, _Inode] = {}  # by st_ino
 
@@ -74,9 +77,10 @@ class Views:
         try:
             st_ino = os.fstat(fd).st_ino
             inode = self._inodes.get(st_ino) or _Inode(st_ino, backing_fd)
+            inode.linked |= _is_locked(backing_fd, _FIRST_BYTE, _LAST_BYTE - _FIRST_BYTE)
             file.view = self._number(inode)
             os.lseek(fd, file.view, os.SEEK_SET)
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock_of(file.view))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(self._base + file.view, 1))
             watch = _libc.inotify_add_watch(self.inotify, path.encode(), _IN_CLOSE_WRITE)
             if watch < 0:
                 raise OSError(ctypes.get_errno(), "inotify_add_watch")
@@ -84,7 +88,6 @@ class Views:
             os.close(fd)
             raise
         inode.views += 1
-        inode.linked = inode.views > 1
         inode.open.append(file)
         self._inodes[st_ino] = self._watched[watch] = inode
         return fd
@@ -161,7 +164,7 @@ class Views:
 
     def _look(self, watch: int) -> list[GmemFile]:
         inode = self._watched[watch]
-        found = [file for file in inode.open if not _is_locked(inode.backing_fd, file.view)]
+        found = [file for file in inode.open if not _is_locked(inode.backing_fd, self._base + file.view, 1)]
         self._gone(watch, inode, found)
         return found
 
@@ -174,11 +177,11 @@ class Views:
                 _libc.inotify_rm_watch(self.inotify, watch)
 
 
-def _lock_of(view: int) -> bytes:
-    return _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_BYTE + view, 1, 0)
+def _lock(start: int, length: int) -> bytes:
+    return _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
 
 
-def _is_locked(fd: int, view: int) -> bool:
-    """Whether the view's own open file, which is not that of `fd`, still holds its lock."""
-    kind, *_ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock_of(view)))
+def _is_locked(fd: int, start: int, length: int) -> bool:
+    """Whether an open file, other than that of `fd`, has locked some of these bytes."""
+    kind, *_ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(start, length)))
     return bool(kind != fcntl.F_UNLCK)

@@ -16,6 +16,9 @@ HELLO_HELPER, HELLO_FORKED = 1, 2
 KEEP_ON_EXEC = 1
 """Bit of `a` of an answer: the descriptor that comes with it has no close-on-exec."""
 
+FD_IN_ARGUMENT = 2
+"""Another: its number is written at byte 4 of the ioctl's argument, and the ioctl returns `value`."""
+
 _REQUEST = struct.Struct("<IIQQQQQ")
 _ANSWER = struct.Struct("<IiqQQQQ")
 HEADER = _REQUEST.size
@@ -70,9 +73,12 @@ class FileKind(enum.IntEnum):
     GUP_TEST = 5
     IOMMU = 6
     VFIO = 7
+    LIVE_UPDATE = 8
+    SESSION = 9
 
 
 OPEN_KVM, OPEN_GUP_TEST, OPEN_IOMMU, OPEN_VFIO = 1, 2, 3, 4
+OPEN_LIVE_UPDATE = 100
 """What OPEN opens; VFIO device n is OPEN_VFIO + n."""
 VFIO_DEVICES = 6
 

@@ -35,6 +35,8 @@ _FAULT = "fault"
 _LINK = "KVM_LINK_GUEST_MEMFD"
 _MOVE = "KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM"
 _COPY = "KVM_CAP_VM_COPY_ENC_CONTEXT_FROM"
+_PRESERVE = "LIVEUPDATE_SESSION_PRESERVE_FD"
+_RETRIEVE = "LIVEUPDATE_SESSION_RETRIEVE_FD"
 _IN_PLACE = "v7.4 future"
 _FUTURE = "future"
 _CONVERT = "KVM_GMEM_CONVERT_SHARED"
@@ -256,6 +258,31 @@ _TABLE = (
     Rule("move.vcpu_creation", ("EBUSY",), _MOVE, 9, "a vCPU of one of the two is being made", "ecf371f8b02d [M]"),
     Rule("copy.source", ("EINVAL",), _COPY, 5, "the source has no identity of its own", "mirror of a mirror [M]"),
     Rule("copy.destination", ("EINVAL",), _COPY, 6, "the helper uses its own identity or has vCPUs", "sev.c [M]"),
+    Rule("enc_context.preserved", ("EBUSY",), _MOVE, 10, "one of the two is preserved for a live update", "[I]"),
+    # A live update: what is preserved, frozen, retrieved
+    Rule("frozen.fault", ("EPERM",), _FAULT, 5, "the page is not there, and the file is frozen", "kvm_gmem_freeze [P]"),
+    Rule("frozen.fallocate", ("EPERM",), _FALLOCATE, 10, "the file is frozen for a live update", "kvm_gmem_freeze [P]"),
+    Rule("frozen.convert", ("EPERM",), _ATTRIBUTES2, 12, "the file is frozen for a live update", "[I]"),
+    Rule("preserve.twice", ("EBUSY",), _PRESERVE, 3, "it is preserved already", "luo_preserve_file [M]"),
+    Rule("preserve.owner", ("EINVAL",), _PRESERVE, 4, "the view is not of the memory's virtual machine", "R27 [I]"),
+    Rule("preserve.helper", ("EOPNOTSUPP",), _PRESERVE, 5, "a helper goes with its owner", "[I]"),
+    Rule("preserve.huge", ("EOPNOTSUPP",), _PRESERVE, 6, "huge pages are not preserved", "guest_memfd_luo [P]"),
+    Rule("preserve.poisoned", ("EHWPOISON",), _PRESERVE, 7, "a page is bad", "guest_memfd_luo [P]"),
+    Rule("preserve.vm_first", ("EINVAL",), _PRESERVE, 8, "the file's VM is not in the session", "guest_memfd_luo [P]"),
+    Rule("preserve.not_ours", ("ENOENT",), _PRESERVE, 2, "no file that can be preserved", "luo_preserve_file [M]"),
+    Rule("preserve.token", ("EEXIST",), _PRESERVE, 1, "the token is taken", "luo_token_is_used [M]"),
+    Rule("liveupdate.open", ("EBUSY",), "/dev/liveupdate", 1, "it is open already", "liveupdate.h [M]"),
+    Rule("liveupdate.size", ("EINVAL",), "/dev/liveupdate", 2, "the structure says a wrong size", "luo_ioctl [M]"),
+    Rule("liveupdate.reserved", ("EOPNOTSUPP",), "/dev/liveupdate", 3, "a reserved word is not zero", "[M]"),
+    Rule("liveupdate.name", ("EINVAL",), "/dev/liveupdate", 4, "no name, or one without an end", "luo_session [M]"),
+    Rule("liveupdate.exists", ("EEXIST",), "/dev/liveupdate", 5, "a session has this name", "luo_session_create [M]"),
+    Rule("liveupdate.no_session", ("ENOENT",), "/dev/liveupdate", 6, "no session of before has this name", "[M]"),
+    Rule("liveupdate.retrieved", ("EINVAL",), "/dev/liveupdate", 7, "the session is retrieved already", "[M]"),
+    Rule("liveupdate.direction", ("EINVAL",), "/dev/liveupdate", 8, "not for a session of this side of it", "[M]"),
+    Rule("retrieve.token", ("ENOENT",), _RETRIEVE, 1, "nothing was preserved under this token", "[M]"),
+    Rule("retrieve.twice", ("EBUSY",), _RETRIEVE, 2, "it was retrieved already", "[I]"),
+    Rule("retrieve.vm_first", ("EINVAL",), _RETRIEVE, 3, "the file's VM was not retrieved, or is gone", "[P]"),
+    Rule("identity.taken", ("EBUSY",), _RETRIEVE, 5, "the identity is somebody else's", "[I]"),
     # What clients of /dev/kvm ask for besides memory
     Rule("dirty_log.none", ("ENOENT",), "KVM_GET_DIRTY_LOG", 1, "no such slot, or it is not logged", "[M] [O R83]"),
     Rule("dirty_log.range", ("EINVAL",), "KVM_CLEAR_DIRTY_LOG", 2, "the frames are not the slot's", "[M]"),

@@ -24,6 +24,7 @@ CLIENTS = (
     ("huge", "future"),
     ("killed", "future"),
     ("links", "future"),
+    ("preserved", "future"),
     ("calls", "v6.18"),
     ("threads", "v6.18"),
     ("exec", "v6.18"),

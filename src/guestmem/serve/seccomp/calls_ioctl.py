@@ -12,8 +12,9 @@ from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.tracee import Reply, Result, Tracee, Work
 from guestmem.serve.seccomp.user_memory import read_memory, write_memory
 from guestmem.serve.vcpu_ioctls import AT_ONCE
-from guestmem.serve.wire import KEEP_ON_EXEC, Op, Request
+from guestmem.serve.wire import FD_IN_ARGUMENT, KEEP_ON_EXEC, Op, Request
 from guestmem.uapi.kvm import KVM_RUN, KVM_SET_SIGNAL_MASK
+from guestmem.uapi.liveupdate import FD_AT
 
 _ANY_FILE = (0x5451, 0x5450, 0x5421, 0x5452, 0x2, 0xC020660B)
 """FIOCLEX, FIONCLEX, FIONBIO, FIOASYNC, FIGETBSZ, FS_IOC_FIEMAP: the kernel answers them for every file."""
@@ -84,7 +85,12 @@ async def give(tracee: Tracee, reply: Reply, argument: int = 0) -> int:
         close_all(reply.fds)
         return -reply.error
     if reply.fds:
-        return await tracee.install(reply.fds[0], cloexec=not reply.a & KEEP_ON_EXEC)
+        number = await tracee.install(reply.fds[0], cloexec=not reply.a & KEEP_ON_EXEC)
+        if number < 0 or not reply.a & FD_IN_ARGUMENT:
+            return number
+        await tracee.process.thawed()
+        if not write_memory(tracee.tid, argument + FD_AT, number.to_bytes(4, "little")):
+            return -errno.EFAULT
     return reply.value
 
 

@@ -12,12 +12,22 @@ from guestmem.serve.seccomp.descriptors import file_at
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.tracee import Result, Tracee, Work
 from guestmem.serve.seccomp.user_memory import read_memory, read_string, write_memory
-from guestmem.serve.wire import OPEN_GUP_TEST, OPEN_IOMMU, OPEN_KVM, OPEN_VFIO, VFIO_DEVICES, FileKind, Op
+from guestmem.serve.wire import (
+    OPEN_GUP_TEST,
+    OPEN_IOMMU,
+    OPEN_KVM,
+    OPEN_LIVE_UPDATE,
+    OPEN_VFIO,
+    VFIO_DEVICES,
+    FileKind,
+    Op,
+)
 
 DEVICES = {
     b"/dev/kvm": OPEN_KVM,
     b"/sys/kernel/debug/gup_test": OPEN_GUP_TEST,
     b"/dev/iommu": OPEN_IOMMU,
+    b"/dev/liveupdate": OPEN_LIVE_UPDATE,
     **{b"/dev/vfio/devices/vfio%d" % number: OPEN_VFIO + number for number in range(VFIO_DEVICES)},
 }
 _O_PATH = 0o10000000
@@ -28,6 +38,8 @@ _NAMES = {
     FileKind.GMEM: b"anon_inode:[kvm-gmem]",
     FileKind.GUP_TEST: b"/sys/kernel/debug/gup_test",
     FileKind.IOMMU: b"/dev/iommu",
+    FileKind.LIVE_UPDATE: b"/dev/liveupdate",
+    FileKind.SESSION: b"anon_inode:[luo_session]",
     FileKind.VFIO: b"/dev/vfio/devices/vfio0",
 }
 

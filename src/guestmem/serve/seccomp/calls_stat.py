@@ -37,6 +37,8 @@ _MODES = {
     FileKind.GMEM: stat.S_IFREG | 0o600,
     FileKind.GUP_TEST: stat.S_IFREG | 0o600,
     FileKind.IOMMU: stat.S_IFCHR | 0o660,
+    FileKind.LIVE_UPDATE: stat.S_IFCHR | 0o600,
+    FileKind.SESSION: 0o600,
     FileKind.VFIO: stat.S_IFCHR | 0o660,
 }
 
