@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from guestmem.memory import Conversion, Split
+from guestmem.host import Host
+from guestmem.memory import Access, Conversion, Split
 from guestmem.memory.pages import ORDER_1G, ORDER_2M, ORDER_4K
 from guestmem.simulate.generators import GENERATORS, Generated
 from guestmem.simulate.generators.guest import convert, create, destroy, punch, share, touch, unshare
+from guestmem.simulate.trace_file import TraceFile
 from guestmem.trace import events as event
+from guestmem.trace import json_writer
+from guestmem.uapi.kvm import VmType
 from tests.simulate.conftest import G1, M2, Listed, replay
 
 PAGE = 4096
@@ -146,6 +152,35 @@ def test_a_sparse_file_of_any_size_is_refused_its_huge_pages_and_that_is_all() -
     assert replay(trace, ORDER_1G, verify=True).refused == {"create.reservation": 1}
     row = replay(trace, ORDER_4K, verify=True)
     assert (row.refused, row.problems, row.leaves_most) == ({}, [], 1)
+
+
+def test_a_recording_on_the_same_pages_splits_and_merges_the_same(tmp_path: Path) -> None:
+    """What the recording machine did is in the trace, too, and is not looked at by the replay."""
+    seen: list[event.Event] = []
+    path = tmp_path / "trace.json"
+    with path.open("w") as out, Host(memory=64 << 20, hugepages={ORDER_2M: 4}) as host:
+        host.tracer.listen(json_writer(out, lambda: "test"))
+        host.tracer.listen(seen.append)
+        vm = host.create_vm(VmType.SW_PROTECTED)
+        gmem = vm.create_guest_memfd(8 << 20, mmap=True, order=ORDER_2M)
+        vm.set_memory_region(slot=0, gpa=0, size=8 << 20, gmem=gmem)
+        vm.pre_fault(0, 8 << 20)
+        gmem.convert(PAGE, PAGE, Access.SHARED)
+        gmem.mmap(PAGE, PAGE)[0:5] = b"hello"
+        gmem.convert(2 << 20, 4 << 20, Access.SHARED)
+        gmem.punch_hole((2 << 20) - PAGE, 2 * PAGE)
+        gmem.convert(0, 4 << 20, Access.PRIVATE)
+        gmem.punch_hole(4 << 20, 2 << 20)
+    recorded = [
+        Counter({"2m": sum(each.folios for each in seen if isinstance(each, kind))})
+        for kind in (event.GmemSplit, event.GmemMerge)
+    ]
+    row = replay(TraceFile(path), ORDER_2M, verify=True)
+    assert [row.splits, row.merges] == recorded
+    assert recorded[0]["2m"] == 3
+    assert recorded[1]["2m"] == 2, "the third left the file"
+    assert (row.conversions, row.holes, row.refused, row.problems) == (3, 2, {}, [])
+    assert replay(TraceFile(path), ORDER_1G).splits == {"1g": 1, "2m": 3}
 
 
 def test_a_slot_that_is_deleted_takes_its_leaves() -> None:
