@@ -20,4 +20,4 @@ def convert_through_a_link(m: Machine) -> None:
     assert isinstance(file, File)
     m.actor("owner", m.guest(Store(0, 1)))
     m.actor("convert", m.convert(Gmem(m, file, linked), Access.PRIVATE))
-    m.actor("close", m.close_fd(linked), m.close_fd(helper.fd))
+    m.actor("close", m.close_fd(linked))

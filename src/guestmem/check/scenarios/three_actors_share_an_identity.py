@@ -19,7 +19,7 @@ from guestmem.uapi.kvm import VmType
         "destination: fault.identity",
     }
 )
-def link_bind_move_close(m: Machine) -> None:
+def three_actors_share_an_identity(m: Machine) -> None:
     """Whoever comes first: memory is mapped by its own virtual machine alone, and goes with the last view (S7, S8)."""
     gmem = m.gmem(init_shared=False, mmap=False, gpa=None)
     source, destination, helper = m.vm(), m.create_vm(VmType.SW_PROTECTED), m.create_vm(VmType.SW_PROTECTED)
