@@ -72,14 +72,14 @@ class Place:
         return out
 
     @contextmanager
-    def saved(self, server: subprocess.Popen[str]) -> Iterator[None]:
+    def saved(self, server: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
         """A client whose guest is preserved, as long as the block lasts."""
         ready = self.path / "ready"
         command = [*GUESTMEM, "run", "--connect", str(self.socket), "--", str(self.client), "save", str(ready)]
         client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             until(ready.exists, client)
-            yield
+            yield client
         finally:
             client.kill()
             client.communicate()
@@ -106,8 +106,9 @@ def place(tmp_path: Path, build: Callable[[str], Path]) -> Iterator[Place]:
 
 
 def test_a_guest_goes_on_under_the_next_server(place: Place) -> None:
-    with place.server() as first, place.saved(first):
+    with place.server() as first, place.saved(first) as client:
         assert "handed over: 1 sessions" in place.end(first)
+        assert client.wait(SECONDS) == -signal.SIGKILL, "its private memory is guarded no more"
     assert {file.name for file in place.state.iterdir()} == {"lock", "keeper", "state"}
     with place.server() as second:
         done = place.restore()

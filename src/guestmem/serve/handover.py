@@ -116,8 +116,8 @@ class Directory:
 
 
 def _leaving(server: Server) -> list[Session]:
-    """What was preserved here, and what came and nobody has asked for yet."""
-    untouched = [session for session in server.sessions.incoming.values() if session.stored and not session.is_open]
+    """What was preserved here, and what came and of which nobody has retrieved a VM yet."""
+    untouched = [session for session in server.sessions.incoming.values() if session.stored and not session.vms]
     return [*server.sessions.outgoing.values(), *untouched]
 
 
