@@ -14,9 +14,7 @@ NOT_COVERED = {
     "B41": "SNP",
     "B44": "SNP",
     "B45": "SNP",
-    "B47": "SNP and the IOMMU",
     "B49": "TDX",
     "B50": "TDX",
-    "B62": "a VMM's bug, with the IOMMU",
     "B68b": "a VMM's bug: nobody forbids a discard here",
 }
