@@ -13,6 +13,7 @@ ALL = (
     "attributes",
     "simulate",
     "guest",
+    "iommu",
     "explorer",
     "untouched",
     "serve",

@@ -22,6 +22,16 @@ def test_balloon_frees_by_a_hole_and_not_by_dontneed() -> None:
     assert held == [256, 256, 128, 0]
 
 
+def test_a_discard_past_the_manager_is_a_stale_page_with_pins_and_none_with_notifications() -> None:
+    command = [sys.executable, str(SCRIPTS / "discard_listener.py")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pins, notifications = out.split("notifications:\n")
+    assert "convert past the manager:   refused, convert.busy" in pins
+    assert "memory has b'new' and the device reads b'old'" in pins
+    assert "convert past the manager:   done" in notifications
+    assert "memory has b'new' and the device reads b'new'" in notifications
+
+
 def test_the_first_client_prints_what_the_readme_shows(tmp_path: pathlib.Path) -> None:
     if shim_path() is None or shutil.which("gcc") is None:
         pytest.skip("no gcc, or no shim: it was not there at installation")
