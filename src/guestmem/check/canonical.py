@@ -70,7 +70,7 @@ CONSTANTS: dict[type, frozenset[str]] = {
 """Set by `__init__` alone, and the same in every execution of a scenario for the object that has them."""
 
 STATISTICS: dict[type, frozenset[str]] = {
-    DmaDevice: frozenset({"fault_counts"}),
+    DmaDevice: frozenset({"_bytes_read", "_bytes_written", "_fault_counts"}),
     Domain: frozenset({"_hits", "_walks"}),
     Inode: frozenset({"_faults", "_merges", "_splits", "conversions"}),
     Users: frozenset({"invalidations"}),

@@ -32,6 +32,10 @@ def print_report(report: Report) -> None:
         console.print(_memory(report))
     if huge := [memory for memory in report.memory if memory.order]:
         console.print(_huge_pages(huge))
+    for device in report.devices[:_SHOWN]:
+        faults = "".join(f", {count} x {rule}" for rule, count in sorted(device.faults.items()))
+        moved = f"{device.bytes_read} bytes read, {device.bytes_written} written{faults}"
+        console.print(Text(f"DMA of device {device.number}: {moved}"))
     if report.left_open:
         left = ", ".join(f"{count} x {kind}" for kind, count in report.left_open.most_common())
         console.print(Text(f"never closed, but by the end of their process: {left}"))

@@ -9,6 +9,7 @@ Source: PCIe ATS and PRI as drivers/iommu/io-pgfault.c answers them.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,6 +44,16 @@ class Attachment(NamedTuple):
     domain: Domain
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    """Bytes since creation; DMAs that faulted, by the rule that refused them."""
+
+    number: int
+    bytes_read: int
+    bytes_written: int
+    faults: dict[str, int]
+
+
 class DmaDevice:
     """`number` names it in traces. `lock` is held to attach and detach. `bound` is the iommufd that has it."""
 
@@ -52,7 +63,9 @@ class DmaDevice:
         self.lock = Lock(scheduler, LockClass.DEVICE_LOCK, f"device lock {number}")
         self.attachment: Attachment | None = None
         self.bound: Iommufd | None = None
-        self.fault_counts: Counter[str] = Counter()  # by rule
+        self._fault_counts: Counter[str] = Counter()
+        self._bytes_read = 0
+        self._bytes_written = 0
         self._scheduler = scheduler
         self._tracer = tracer
 
@@ -63,6 +76,7 @@ class DmaDevice:
             at = Iova(iova + len(parts))
             count = min(PAGE_SIZE - at % PAGE_SIZE, size - len(parts))
             parts += read_host(await self._reach(at, False, len(parts)), count)
+            self._bytes_read += count
         return bytes(parts)
 
     async def write(self, iova: int, data: bytes) -> None:
@@ -72,6 +86,7 @@ class DmaDevice:
             at = Iova(iova + done)
             count = min(PAGE_SIZE - at % PAGE_SIZE, len(data) - done)
             write_host(await self._reach(at, True, done), data[done : done + count])
+            self._bytes_written += count
             done += count
 
     async def give_way(self) -> None:
@@ -98,8 +113,11 @@ class DmaDevice:
                 self._fault(iova, write, refusal)
                 raise DmaFault(iova, write, done, refusal) from refusal
 
+    def statistics(self) -> DeviceStatistics:
+        return DeviceStatistics(self.number, self._bytes_read, self._bytes_written, dict(self._fault_counts))
+
     def _fault(self, iova: Iova, write: bool, refusal: Refusal) -> None:
-        self.fault_counts[refusal.rule] += 1
+        self._fault_counts[refusal.rule] += 1
         if self._tracer.enabled:
             domain = self.attachment.domain.number if self.attachment else 0
             self._tracer.emit(event.IommuFault(domain, self.number, iova, write, refusal.rule))

@@ -6,8 +6,9 @@ import traceback
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from guestmem.iommu.device import DeviceStatistics
 from guestmem.memory import InodeStatistics
-from guestmem.serve.files import GmemFile, ServedFile
+from guestmem.serve.files import GmemFile, ServedFile, VfioFile
 from guestmem.serve.ioctl_names import ioctl_name
 from guestmem.serve.wire import FileKind, Op, Request
 from guestmem.trace import Refusal
@@ -48,6 +49,7 @@ class Report:
         self.bugs: list[str] = []
         self.left_open: Counter[str] = Counter()
         self.memory: list[InodeStatistics] = []  # of each guest_memfd, at its end
+        self.devices: list[DeviceStatistics] = []  # of each open device file, at its end
         self.clients: list[tuple[int, str]] = []
         self.notes: list[str] = []
 
@@ -86,6 +88,8 @@ class Report:
     def released(self, file: ServedFile) -> None:
         if isinstance(file, GmemFile) and file.last_words is not None:
             self.memory.append(file.last_words)
+        elif isinstance(file, VfioFile):
+            self.devices.append(file.vfio.device.statistics())
 
     def failed(self, call: Call, bug: Exception) -> None:
         """An error that is no refusal is a bug of ours: the client got EIO."""
