@@ -35,7 +35,7 @@ class Devices(RuleBasedStateMachine):
         self.access = [Access.SHARED] * PAGES
         self.bytes = [0] * PAGES
         self.shown: dict[int, int] = {}  # page of IOVA -> page of the file
-        self.pinned: dict[int, list[int]] = {}  # page of IOVA -> the page that was there when it was pinned, its byte
+        self.pinned: dict[int, list[int]] = {}  # page of IOVA -> page that was pinned; after a hole, and its byte
         self.turn = 0
 
     def teardown(self) -> None:
@@ -71,11 +71,11 @@ class Devices(RuleBasedStateMachine):
             assert answer == "user.page"
         else:
             assert answer == "ok"
-            self.pinned[at] = self.holders(page)[0] if self.holders(page) else [page]
+            self.pinned[at] = self.held(page) or [page]
 
-    def holders(self, page: int) -> list[list[int]]:
-        """Pins of the page that the file has now; a hole gives them a page of their own (see `punch`)."""
-        return [held for held in self.pinned.values() if held == [page]]
+    def held(self, page: int) -> list[int] | None:
+        """What all pins of the page share that the file has now; a hole makes it a page of their own (see `punch`)."""
+        return next((held for held in self.pinned.values() if held == [page]), None)
 
     @rule(at=pages, count=counts)
     def unmap(self, at: int, count: int) -> None:
@@ -94,7 +94,7 @@ class Devices(RuleBasedStateMachine):
         inside = range(page, page + count)
         if all(self.access[n] is to for n in inside):
             assert answer == "ok"
-        elif to is Access.PRIVATE and any(self.holders(n) for n in inside):
+        elif to is Access.PRIVATE and any(self.held(n) for n in inside):
             assert answer == "convert.busy"
         else:
             assert answer == "ok"
@@ -104,7 +104,7 @@ class Devices(RuleBasedStateMachine):
     @rule(page=pages)
     def punch(self, page: int) -> None:
         self.io.gmem.punch_hole(page * K, K)
-        for held in self.holders(page):
+        if held := self.held(page):
             held.append(self.bytes[page])
         self.bytes[page] = 0
 
@@ -156,5 +156,5 @@ class Devices(RuleBasedStateMachine):
 
 TestDevices = Devices.TestCase
 TestDevices.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
