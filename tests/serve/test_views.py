@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +21,7 @@ class File(GmemFile):
 
     def __init__(self) -> None:
         self.view = 0
+        self.locked = False
 
 
 class Table:
@@ -29,9 +32,13 @@ class Table:
         self.views = Views()
         self.open: dict[File, int] = {}
 
-    def add(self) -> File:
+    def add(self, adopted: bool = False) -> File:
+        """One more view; those that there are were locked before, as a link does it."""
+        for other, fd in self.open.items():
+            if not other.locked:
+                self.views.lock(other, fd)
         file = File()
-        self.open[file] = self.views.open(file, self.backing)
+        self.open[file] = self.views.open(file, self.backing, adopted)
         return file
 
     def close(self) -> None:
@@ -92,6 +99,24 @@ def test_a_number_comes_back_when_its_view_is_gone(table: Table) -> None:
     table.views.closed()
     assert table.add().view == 2
     assert table.views.any_of(os.fstat(table.backing).st_ino) is not first
+
+
+def test_a_file_that_is_not_linked_has_no_lock(table: Table) -> None:
+    """A client may lock all of it, as that of a kernel may."""
+    file = table.add()
+    everything = struct.pack("hh4xqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    assert fcntl.fcntl(table.open[file], fcntl.F_SETLK, everything)
+    with open(f"/proc/self/fdinfo/{table.backing}") as info:
+        assert "lock:" not in info.read()
+
+
+def test_memory_of_before_may_be_open_elsewhere(table: Table) -> None:
+    """The end of somebody's open file of it is not the end of ours."""
+    file = table.add(adopted=True)
+    os.close(os.open(f"/proc/self/fd/{table.backing}", os.O_RDWR))
+    assert table.views.closed() == []
+    os.close(table.open.pop(file))
+    assert table.views.closed() == [file]
 
 
 def test_a_position_that_is_no_views_is_the_first_one() -> None:

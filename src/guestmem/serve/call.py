@@ -154,6 +154,21 @@ class CallFiles:
         else:
             self.known[number] = _what_kvm_knows(found)
 
+    async def look_up_to_link(self, number: int) -> None:
+        """As `look_up`; and if it is a guest_memfd, have its open file told apart from others of the same memory."""
+        await self.look_up(number)
+        found = self.known[number]
+        if isinstance(found, File):
+            try:
+                fd = await self._call.take_descriptor(number)
+            except Refusal as refusal:
+                self.known[number] = refusal
+                return
+            try:
+                self._call.server.files.lock_view(fd)
+            finally:
+                os.close(fd)
+
     def get(self, fd: int) -> Any:
         found = self.known[fd]
         if isinstance(found, Refusal):

@@ -90,6 +90,7 @@ class GmemFile(ServedFile):
         self.last_words: InodeStatistics | None = None
         self.file = file
         self.view = 0  # its number among the open files of the inode
+        self.locked = False  # see views
         self.mappings = GmemMappings(file.inode, file.inode.backing.fd)
 
     async def blocks(self) -> tuple[int, int]:
@@ -158,12 +159,18 @@ class Files:
         self._add(file, theirs.fileno())
         return ours, theirs.detach()
 
-    def add_gmem(self, file: GmemFile) -> int:
-        """Open a guest_memfd for a client: a descriptor to be given away."""
-        fd = self.views.open(file, file.mappings.backing_fd)
+    def add_gmem(self, file: GmemFile, adopted: bool = False) -> int:
+        """Open a guest_memfd for a client: a descriptor to be given away. `adopted`: of a server before."""
+        fd = self.views.open(file, file.mappings.backing_fd, adopted)
         file.inode_number = file_id(os.fstat(fd).st_ino, file.view)
         self.by_inode[file.inode_number] = file
         return fd
+
+    def lock_view(self, fd: int) -> None:
+        """The guest_memfd behind a descriptor of ours for a client's open file is about to be linked."""
+        file = self.get(file_id(os.fstat(fd).st_ino, os.lseek(fd, 0, os.SEEK_CUR)))
+        if isinstance(file, GmemFile) and not file.locked:
+            self.views.lock(file, fd)
 
     def remove(self, file: ServedFile) -> None:
         self.by_inode.pop(file.inode_number, None)

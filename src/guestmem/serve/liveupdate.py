@@ -158,7 +158,7 @@ class Session:
             size=record.size, abilities=preserve.abilities_of(record), owner=kvm.machine, memfd=os.dup(memfd)
         )
         file = GmemFile(call.client, await preserve.restore_gmem(kvm, inode, record))
-        call.give(self.server.files.add_gmem(file), keep_on_exec=True)
+        call.give(self.server.files.add_gmem(file, adopted=True), keep_on_exec=True)
         os.close(memfd)
 
     async def finish(self) -> None:

@@ -4,10 +4,10 @@ Which view a descriptor is: its file position, which dup, fork, exec and SCM_RIG
 a guest_memfd cannot be read, written or sought.
 
 When a view is closed: inotify says that some open file of the inode is gone, an open file description lock
-(F_OFD_SETLK) says which. The lock belongs to the open file, not to a process, and goes with it, mappings included. The
-kernel sends the event a moment before it drops the lock, and merges events that nobody has read yet; so after an event
-of an inode that has several views they are all looked at, again after a while, and whenever a client waits for a close
-of its own.
+(F_OFD_SETLK) says which. The lock belongs to the open file, not to a process, and goes with it, mappings included; it
+is taken when the memory is linked, and a file that is never linked has none. The kernel sends the event a moment before
+it drops the lock, and merges events that nobody has read yet; so after an event of an inode that has several views they
+are all looked at, again after a while, and whenever a client waits for a close of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _IN_CLOSE_WRITE = 0x8
 _EVENT = struct.Struct("iIII")
 _FLOCK = struct.Struct("hh4xqqi4x")
-_FIRST_BYTE, _LAST_BYTE = 1 << 62, (1 << 63) - 2
+_FIRST_BYTE = 1 << 62
 _LOOK_AGAIN_FOR = 1.0
 _FIRST_NAP = 0.001
 
@@ -69,18 +69,21 @@ class Views:
         self._watched: dict[int, _Inode] = {}
         self._inodes: dict[int, _Inode] = {}  # by st_ino
 
-    def open(self, file: GmemFile, backing_fd: int) -> int:
-        """Open `file` for a client; the descriptor. Raises: OSError."""
+    def open(self, file: GmemFile, backing_fd: int, adopted: bool = False) -> int:
+        """Open `file` for a client; the descriptor. `adopted`: clients of a server before may have the memory open. If
+        it is open here, the views that there are have been locked. Raises: OSError."""
         path = f"/proc/self/fd/{backing_fd}"
         # Opened for writing and watched for the end of that: whoever looks at the file in between only reads.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             st_ino = os.fstat(fd).st_ino
             inode = self._inodes.get(st_ino) or _Inode(st_ino, backing_fd)
-            inode.linked |= _is_locked(backing_fd, _FIRST_BYTE, _LAST_BYTE - _FIRST_BYTE)
             file.view = self._number(inode)
             os.lseek(fd, file.view, os.SEEK_SET)
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(self._base + file.view, 1))
+            if inode.open or inode.linked or adopted:
+                assert all(other.locked for other in inode.open), "linked before it was locked"
+                self.lock(file, fd)
+                inode.linked = True
             watch = _libc.inotify_add_watch(self.inotify, path.encode(), _IN_CLOSE_WRITE)
             if watch < 0:
                 raise OSError(ctypes.get_errno(), "inotify_add_watch")
@@ -91,6 +94,12 @@ class Views:
         inode.open.append(file)
         self._inodes[st_ino] = self._watched[watch] = inode
         return fd
+
+    def lock(self, file: GmemFile, fd: int) -> None:
+        """From now on the end of `file` can be told from that of another view; `fd` is any descriptor of it. Raises:
+        OSError."""
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(self._base + file.view))
+        file.locked = True
 
     def _number(self, inode: _Inode) -> int:
         taken = {file.view for file in inode.open}
@@ -164,7 +173,7 @@ class Views:
 
     def _look(self, watch: int) -> list[GmemFile]:
         inode = self._watched[watch]
-        found = [file for file in inode.open if not _is_locked(inode.backing_fd, self._base + file.view, 1)]
+        found = [file for file in inode.open if not _is_locked(inode.backing_fd, self._base + file.view)]
         self._gone(watch, inode, found)
         return found
 
@@ -177,11 +186,11 @@ class Views:
                 _libc.inotify_rm_watch(self.inotify, watch)
 
 
-def _lock(start: int, length: int) -> bytes:
-    return _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+def _lock(byte: int) -> bytes:
+    return _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
 
 
-def _is_locked(fd: int, start: int, length: int) -> bool:
-    """Whether an open file, other than that of `fd`, has locked some of these bytes."""
-    kind, *_ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(start, length)))
+def _is_locked(fd: int, byte: int) -> bool:
+    """Whether an open file, other than that of `fd`, has locked this byte."""
+    kind, *_ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(byte)))
     return bool(kind != fcntl.F_UNLCK)

@@ -64,7 +64,7 @@ async def _memory(call: Call, argument: int) -> int:
             await files.look_up(region.guest_memfd)
     elif request == uapi.KVM_LINK_GUEST_MEMFD:
         data = await memory.copy_from_user(argument, LinkGuestMemfd.SIZE)
-        await files.look_up(LinkGuestMemfd.unpack(data).fd & 0xFFFF_FFFF)
+        await files.look_up_to_link(LinkGuestMemfd.unpack(data).fd & 0xFFFF_FFFF)
     return await VM_IOCTLS[request](KvmCaller(memory, files), _kvm(call), argument)
 
 
