@@ -186,6 +186,10 @@ static void a_memfd(void)
     HOLDS(dma(DMA_COPY, copy.dst_iova, BASE, 1, 0) == DMA_DONE);
     HOLDS(dma(DMA_COPY, BASE, copy.dst_iova, 1, 0) == DMA_FAULT);
     HOLDS(unmap(copy.dst_iova, PAGE) == PAGE);
+    HOLDS(map_file(2 * BASE, fd, 0, 4 * PAGE, 0) == 0);
+    HOLDS(ftruncate(fd, PAGE) == 0); /* a pin keeps the page, which nobody else sees any more */
+    HOLDS(dma(DMA_FILL, 0, 2 * BASE, 4 * PAGE, 't') == DMA_DONE && memory[PAGE - 1] == 't');
+    HOLDS(unmap(2 * BASE, 4 * PAGE) == 4 * PAGE);
     close(fd);
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from guestmem.uapi import iommufd as uapi
 from guestmem.uapi.iommufd import IommuArgument
 from guestmem.uapi.structs import Argument
 from guestmem.userspace import AddressSpace
+from guestmem.userspace.process import PROT_READ
 
 K = PAGE_SIZE
 BASE = 1 << 30
@@ -252,6 +254,24 @@ def test_the_sequence_of_a_device(call: Caller) -> None:
     assert call(detach, uapi.VfioDetachPt(8, 0)) == "0"
     assert call(uapi.IOMMU_DESTROY, uapi.Destroy(8, hwpt)) == "ENOENT iommufd.no_object"
     assert call(uapi.IOMMU_DESTROY, uapi.Destroy(8, ioas)) == "0"
+
+
+def test_what_cannot_be_answered_is_undone(call: Caller, gmem: Gmem) -> None:
+    """The argument lies in memory that the caller can read and not write."""
+    ioas, device = call.attached()
+    assert call(uapi.VFIO_DEVICE_DETACH_IOMMUFD_PT, uapi.VfioDetachPt(8, 0)) == "0"
+    before, view = dict(call.open.objects), gmem.mmap()
+    read_only = call.host.run(call.host.process.mmap(gmem.fd, K, prot=PROT_READ))
+
+    def refused(request: int, argument: Argument, of: Callable[..., Any], subject: tuple[object, ...]) -> None:
+        view.write(0, argument.pack())
+        with pytest.raises(Refusal, match=r"EFAULT \[user.copy\]"):
+            call.host.run(of(*subject, request, read_only))
+
+    refused(uapi.IOMMU_IOAS_ALLOC, uapi.IoasAlloc(12), ioctl, (call, call.open))
+    refused(uapi.IOMMU_HWPT_ALLOC, uapi.HwptAlloc(48, 0, device, ioas), ioctl, (call, call.open))
+    refused(uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, uapi.VfioAttachPt(12, 0, ioas), call.vfio.ioctl, (call,))
+    assert call.open.objects == before and call.vfio.device.attachment is None
 
 
 def test_a_doorbell(call: Caller, gmem: Gmem) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from guestmem.iommu.areas import PinnedPages
 from guestmem.iommu.ioas import Ioas, PinnedSlice, Protection, Slice
-from guestmem.iommu.iommufd import BoundDevice, Hwpt, IoasObject, Iommufd
+from guestmem.iommu.iommufd import BoundDevice, Hwpt, IoasObject, Iommufd, Numbered
 from guestmem.iommu.iova_space import U64_MAX, IovaRange
 from guestmem.iommu.leaves import PinnedPage
 from guestmem.iommu.script import PinningMemory, gmem_slice, pin_host_memory
@@ -130,7 +130,7 @@ async def _destroy(call: _Call, what: uapi.Destroy) -> None:
 
 async def _ioas_alloc(call: _Call, what: uapi.IoasAlloc) -> None:
     _check_supported(what.flags)
-    await call.answer(8, "<I", call.iommufd.alloc_ioas().id)
+    await _answer_new(call, 8, call.iommufd.alloc_ioas())
 
 
 async def _hwpt_alloc(call: _Call, what: uapi.HwptAlloc) -> None:
@@ -147,7 +147,16 @@ async def _hwpt_alloc(call: _Call, what: uapi.HwptAlloc) -> None:
     _check_supported(what.flags, uapi.GUESTMEM_HWPT_ALLOC_TRUSTED)
     trusted = what.flags & uapi.GUESTMEM_HWPT_ALLOC_TRUSTED
     hwpt = await call.iommufd.alloc_hwpt(parent, Access.PRIVATE if trusted else Access.SHARED)
-    await call.answer(16, "<I", hwpt.id)
+    await _answer_new(call, 16, hwpt)
+
+
+async def _answer_new(call: _Call, at: int, new: Numbered) -> None:
+    """The number of a new object; one that its maker does not learn of is destroyed again."""
+    try:
+        await call.answer(at, "<I", new.id)
+    except Refusal:
+        await call.iommufd.destroy(new.id)
+        raise
 
 
 # IOVAs

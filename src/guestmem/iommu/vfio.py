@@ -82,14 +82,22 @@ class VfioDevice:
         if iommufd is None:
             raise Refusal(errno.EBADFD, "vfio.not_iommufd", fd=bind.iommufd)
         self.bound = iommufd.bind(self.device)
-        await caller.mm.copy_to_user(argument + 12, struct.pack("<I", self.bound.id))
+        try:
+            await caller.mm.copy_to_user(argument + 12, struct.pack("<I", self.bound.id))
+        except Refusal:
+            await self.release()
+            raise
         return 0
 
     async def _attach(self, mm: CallerMemory, bound: BoundDevice, argument: int) -> int:
         attach = await _copy(mm, argument, uapi.VfioAttachPt)
         _check(attach.argsz, attach.SIZE, attach.flags)
         number = await bound.iommufd.attach(bound, attach.pt_id)
-        await mm.copy_to_user(argument + 8, struct.pack("<I", number))
+        try:
+            await mm.copy_to_user(argument + 8, struct.pack("<I", number))
+        except Refusal:
+            await bound.iommufd.detach(bound)
+            raise
         return 0
 
     async def _detach(self, mm: CallerMemory, bound: BoundDevice, argument: int) -> int:

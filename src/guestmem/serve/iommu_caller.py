@@ -6,14 +6,16 @@ There are VFIO_DEVICES of them, made when they are first opened: 0 and 1 ask for
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import weakref
 
 from guestmem.iommu import Iommufd
 from guestmem.iommu.leaves import PinnedPage
 from guestmem.iommu.vfio import VfioDevice
-from guestmem.memory import PAGE_SHIFT, File
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, File
 from guestmem.memory.backing import map_window, unmap_window
 from guestmem.serve.call import Call
 from guestmem.serve.engine_process import EngineProcess
@@ -21,6 +23,8 @@ from guestmem.serve.files import GmemFile, IommuFile, ServedFile, VfioFile
 from guestmem.serve.pins import pin_long_term
 from guestmem.trace import Refusal
 
+_nowhere = mmap.mmap(-1, PAGE_SIZE)
+_NOWHERE = ctypes.addressof(ctypes.c_char.from_buffer(_nowhere))
 _CANNOT_ASK = (2, 3)
 _OWN_PROCESS = (4, 5)
 
@@ -88,6 +92,12 @@ class Memfd:
         self._base = 0
         weakref.finalize(self, os.close, fd)
 
+    def hva(self, page: int) -> int:
+        """Where the page is here. The kernel's pin would keep a page that a truncation took away; ours is then one that
+        nobody reads, since an access to the mapping would be a SIGBUS here."""
+        gone = page << PAGE_SHIFT >= os.fstat(self._fd).st_size
+        return _NOWHERE if gone else self._base + (page << PAGE_SHIFT)
+
     async def pin_page(self, page: int, write: bool) -> PinnedPage:
         """Raises: Refusal EFAULT `user.page`."""
         if not self._base:
@@ -96,15 +106,20 @@ class Memfd:
             except OSError as error:
                 raise Refusal(errno.EFAULT, "user.page", page=page, write=write) from error
             weakref.finalize(self, unmap_window, self._base, self.size)
-        return _MemfdPage(self, self._base + (page << PAGE_SHIFT))
+        return _MemfdPage(self, page)
 
 
 class _MemfdPage:
     """Keeps its memfd mapped."""
 
-    def __init__(self, memfd: Memfd, hva: int) -> None:
-        self.hva = hva
+    def __init__(self, memfd: Memfd, page: int) -> None:
+        self._page = page
         self._memfd: Memfd | None = memfd
+
+    @property
+    def hva(self) -> int:
+        assert self._memfd is not None, "the page was put"
+        return self._memfd.hva(self._page)
 
     def put(self) -> None:
         self._memfd = None
