@@ -20,6 +20,8 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from types import TracebackType
 from typing import Any, TypeVar
 
+from guestmem.arch import Lifetime
+from guestmem.arch.platforms import new_platforms
 from guestmem.cpu.engine import Engine, GuestMemory
 from guestmem.iommu import DmaDevice, Iommu
 from guestmem.iommu.script import IommuHandle
@@ -80,6 +82,7 @@ class Host:
     With `debug`, freed pages are filled with junk. `policy` may be an exploring one. `identities` is how many ASIDs or
     HKIDs its hardware has. `hugepages` has how many huge pages of an order are set aside, or how many on each node:
     {ORDER_2M: 512, ORDER_1G: [2, 2]}; what their files do where the postings differ is `huge_policy`.
+    Ownership of pages lasts for `lifetime`; with `scramble` conversions change the bytes of software-protected VMs.
     With `clients` mappable files are mapped by other processes, so their memory is never hugetlb's.
 
     Raises: Refusal ENOMEM `pool.empty`, if the huge pages are more than the memory.
@@ -100,6 +103,8 @@ class Host:
         hugepages: Mapping[int, int | Sequence[int]] | None = None,
         huge_policy: HugePolicy = HugePolicy(),  # noqa: B008 (immutable)
         clients: bool = False,
+        lifetime: Lifetime = Lifetime.BINDING,
+        scramble: bool = False,
     ) -> None:
         self.scheduler = Scheduler(policy)
         self.tracer = Tracer()
@@ -116,9 +121,9 @@ class Host:
         self.iommu = Iommu(self.scheduler, self.tracer, self.orders)
         self._debug = debug
         self._clients = clients
-        self.environment = KvmEnvironment(
-            self.scheduler, self.tracer, self.identities, self.new_inode, engine, self.orders[:-1]
-        )
+        self.platforms = new_platforms(self.pool.capacity + 1, self.orders, self.scheduler.fails, scramble)
+        kernel = self.scheduler, self.tracer, self.identities, self.new_inode, engine, self.orders[:-1]
+        self.environment = KvmEnvironment(*kernel, self.platforms, lifetime)
 
     def __enter__(self) -> Host:
         return self

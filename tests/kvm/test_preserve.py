@@ -98,7 +98,9 @@ def test_another_host_has_memory_state_and_identity_as_they_were(bench: Bench) -
     host = after.host
     after.vm.close()
     host.identities.adopt(vm_record.identity)
-    machine = VirtualMachine(host.scheduler, host.identities, vm_record.identity)
+    machine = VirtualMachine(
+        host.scheduler, host.identities, host.platforms[VmType.DEFAULT], identity=vm_record.identity
+    )
     kvm = Kvm(host.environment, len(host.vms), VmType(vm_record.vm_type), host.level, host.process.mm, machine)
     host.vms.append(kvm)
     vm = Vm(host, kvm, host.process.fds.reserve())

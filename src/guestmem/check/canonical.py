@@ -49,7 +49,7 @@ CONSTANTS: dict[type, frozenset[str]] = {
     Inode: frozenset({"abilities", "backing", "order", "orders", "pages", "policy", "scheduler", "source", "tracer"}),
     Ioas: frozenset({"orders", "scheduler", "tracer"}),
     Iommu: frozenset({"orders", "scheduler", "tracer"}),
-    Kvm: frozenset({"environment", "level", "scheduler", "tracer", "vm_type"}),
+    Kvm: frozenset({"environment", "has_private_memory", "level", "scheduler", "tracer", "vm_type"}),
     KvmGmemContext: frozenset(),
     Lock: frozenset({"_acquire", "_scheduler", "lock_class", "name"}),
     Pin: frozenset({"_pins", "_tracer"}),
@@ -59,12 +59,12 @@ CONSTANTS: dict[type, frozenset[str]] = {
     RwLock: frozenset({"_scheduler", "exclusive", "lock_class", "name", "shared"}),
     Splits: frozenset({"_parts", "orders", "whole"}),
     ScriptedEngine: frozenset({"_memory", "script"}),
-    Stage2: frozenset({"_flush", "_tracer", "_vm"}),
+    Stage2: frozenset({"_flush", "_tracer", "_vm", "check_access"}),
     Subpool: frozenset({"huge", "pool"}),
     Unit: frozenset({"source"}),
     Userspace: frozenset({"new_backing", "pool", "scheduler", "tracer"}),
     Users: frozenset({"_inode", "_tracer", "_unmap_failed"}),
-    VirtualMachine: frozenset({"_pool"}),
+    VirtualMachine: frozenset({"_pool", "lifetime"}),
     Vmemmap: frozenset({"_pool"}),
 }
 """Set by `__init__` alone, and the same in every execution of a scenario for the object that has them."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterator
 from itertools import chain, pairwise, product
 from typing import NamedTuple
 
+from guestmem.check import ownership
 from guestmem.check.devices import freed_pages, open_windows, stale_translations, unfit_leaves
 from guestmem.check.huge_pages import broken_books, shared_huge_folios
 from guestmem.check.world import (
@@ -42,7 +43,6 @@ from guestmem.trace import events as event
 from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD
 
 NOT_YET = {
-    "S9": "no ownership table (RMP, S-EPT, GPT) before the architectures",
     "S11": "no direct map is modelled; the feature is only proposed",
 }
 
@@ -212,6 +212,12 @@ def _s8(world: World) -> Iterator[str]:
             continue
         if inode.owner.identity not in world.identities.live.values():
             yield f"inode {inode.number} belongs to {inode.owner.identity}, which is recycled"
+    yield from ownership.recycled_owners(world)
+
+
+@_property("S9", "a page is its guest's alone, where its binding has it")
+def _s9(world: World) -> Iterator[str]:
+    yield from ownership.wrong_owners(world)
 
 
 @_property("S10", "a free page is nobody's")
@@ -227,6 +233,7 @@ def _s10(world: World) -> Iterator[str]:
                 if not allocated.contains_range(leaf.pfn, leaf.pfn + (1 << order)):
                     yield f"vm {kvm.number} maps free pfn {leaf.pfn} at gfn {leaf.gfn:#x}"
     yield from freed_pages(world)
+    yield from ownership.freed_but_owned(world)
     for who, reference in references(world):
         if reference.pfn not in allocated:
             yield f"{who} is on free pfn {reference.pfn}"

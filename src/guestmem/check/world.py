@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple, Protocol
 
+from guestmem.arch import Platform
 from guestmem.iommu import Domain, Ioas, Iommu
 from guestmem.iommu.areas import PinnedArea
 from guestmem.iommu.leaves import GmemLeaf, IoLeaf
@@ -17,6 +19,7 @@ from guestmem.memory import Access, FolioReference, Folios, Hugetlb, Inode, Page
 from guestmem.memory.notifier import BOTH
 from guestmem.sched import Scheduler
 from guestmem.trace import Tracer
+from guestmem.uapi.kvm import VmType
 from guestmem.userspace import Userspace
 from guestmem.userspace.addresses import Vpn
 from guestmem.userspace.anonymous import AnonymousMemory
@@ -35,6 +38,7 @@ class World(Protocol):
     inodes: list[Inode]
     vms: list[Kvm]
     iommu: Iommu
+    platforms: collections.abc.Mapping[VmType, Platform]
 
 
 def live_vms(world: World) -> Iterator[Kvm]:

@@ -15,6 +15,7 @@ import bisect
 import errno
 from typing import TYPE_CHECKING
 
+from guestmem.kvm import protection
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.memslots import MemorySlot
 from guestmem.memory import Access, File, Inode, Invalidation, Page, PageIndex, PageRange, Range, Reason
@@ -57,6 +58,8 @@ class KvmGmemContext:
         if ranges:
             around = self.gfns_of(invalidation.hull) if invalidation.hull else ranges
             await self.kvm.stage2.begin(ranges, invalidation.accesses, around)
+            if Access.PRIVATE in invalidation.accesses and self.is_owners:
+                protection.invalidate(self, ranges, stop=invalidation.reason is Reason.CONVERT_TO_SHARED)
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
         if self._overlapping(invalidation.pages):
@@ -65,6 +68,11 @@ class KvmGmemContext:
     def gfns_of(self, pages: PageRange) -> list[Range[Gfn]]:
         """The image of file pages under the bindings (R19)."""
         return [gfns for slot in self._overlapping(pages) if (gfns := slot.gfns_of(pages))]
+
+    def pages_of(self, gfns: Range[Gfn]) -> PageRange:
+        """The file pages behind frames that one binding shows."""
+        slot = next(slot for slot in self.bindings if slot.gfns.covers(gfns))
+        return Range(slot.index_of(gfns.start), PageIndex(slot.index_of(gfns.start) + gfns.pages))
 
     # From KVM to memory: faults
 
@@ -154,6 +162,7 @@ class KvmGmemContext:
     def _erase(self, slot: MemorySlot) -> None:
         self.bindings.remove(slot)
         slot.context = None
+        protection.unbound(self, slot)
         self._trace_binding(slot, bound=False)
 
     def _overlapping(self, pages: PageRange) -> list[MemorySlot]:

@@ -12,6 +12,7 @@ import errno
 from typing import Protocol
 
 from guestmem.kvm.context import KvmGmemContext
+from guestmem.kvm.protection import Ownership
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Abilities, Access, File, Inode, page_range
 from guestmem.sched import LockClass
@@ -93,6 +94,8 @@ async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGues
     except Refusal:
         fds.unreserve(fd)
         raise
+    if kvm.machine.architecture.has_tables:
+        Ownership(kvm.machine, inode)
     fds.install(fd, open_view(kvm, inode))
     return fd
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple
 
+from guestmem.arch import Lifetime, Platform
 from guestmem.sched import RefCount, Scheduler
 from guestmem.trace import Refusal
 
@@ -62,6 +63,15 @@ class IdentityPool:
         assert self.live.pop(identity.number, None) == identity, f"S8: {identity} freed but not live"
         self._free.append(identity.number)
 
+    def retire(self, identity: Identity) -> None:
+        """As free, and nobody gets the number again: a page that could not be taken back still names it."""
+        assert self.live.pop(identity.number, None) == identity, f"S8: {identity} retired but not live"
+
+    def may_come_again(self, identity: Identity) -> bool:
+        """Whether its number is somebody else's now, or may be."""
+        number = identity.number
+        return number in self._free or (number in self.live and self.live[number] != identity)
+
 
 class VirtualMachine:
     """The owner of memory. Held by each struct kvm that runs it and each inode that belongs to it; its identity is
@@ -72,9 +82,18 @@ class VirtualMachine:
     that, and the interleaving tests found it here when it was built the kernel's way.
     """
 
-    def __init__(self, scheduler: Scheduler, pool: IdentityPool, identity: Identity | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pool: IdentityPool,
+        platform: Platform,
+        lifetime: Lifetime = Lifetime.BINDING,
+        identity: Identity | None = None,
+    ) -> None:
         """`identity`: one that was adopted. Raises: as IdentityPool.allocate."""
         self.identity = identity or pool.allocate()
+        self.architecture = platform.new_guest(*self.identity)
+        self.lifetime = lifetime
         self.references = RefCount(scheduler, f"virtual machine {self.identity.generation}")
         self._pool = pool
 
@@ -83,4 +102,7 @@ class VirtualMachine:
 
     def put(self) -> None:
         if self.references.put():
-            self._pool.free(self.identity)
+            if self.architecture.teardown():
+                self._pool.free(self.identity)
+            else:
+                self._pool.retire(self.identity)

@@ -15,6 +15,7 @@ import enum
 import errno
 from typing import TYPE_CHECKING
 
+from guestmem.kvm import protection
 from guestmem.kvm.addresses import Gfn, gfn_of
 from guestmem.kvm.memslots import MemorySlot
 from guestmem.kvm.stage2 import Leaf
@@ -55,7 +56,8 @@ async def page_fault(
     the deletion waits for that section to end (known bug B26).
 
     Raises: Refusal. EFAULT `fault.mismatch`, `fault.no_slot`, `fault.no_gmem`, `fault.file_gone`, `user.page`; EIO
-    `fault.binding`; EHWPOISON `fault.poisoned`; ENOMEM; EAGAIN `prefault.slot_deleted`. Nothing is mapped then.
+    `fault.binding`; EHWPOISON `fault.poisoned`; ENOMEM; EAGAIN `prefault.slot_deleted`; EINVAL `arch.make_private`,
+    EFAULT `arch.guest_access`. Nothing is mapped then.
     """
     gfn = gfn_of(gpa)
     held = _Held()
@@ -78,6 +80,12 @@ async def page_fault(
             leaf, access = await _find_page(kvm, slot, gfn, asked, write, held)
             await kvm.scheduler.preempt("page looked up, leaf not installed")
             async with kvm.stage2.mmu_lock:
+                if access is Access.PRIVATE and kvm.machine.architecture.has_tables:
+                    if kvm.stage2.is_void(leaf, seen):
+                        return FaultResult.RETRY
+                    leaf = protection.prepare(kvm, leaf, gfn, (*kvm.environment.huge_orders, 0))
+                    if not prefault:
+                        protection.check_guest_access(kvm, leaf, gfn, write)
                 mapped = kvm.stage2.install(leaf, access, seen)
                 if mapped and write and slot.dirty is not None:
                     slot.dirty.add(gfn - slot.gfns.start)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple, Protocol
 
+from guestmem.kvm import protection
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.memslots import MemorySlot
@@ -175,6 +176,8 @@ async def _retire(kvm: Kvm, slot: MemorySlot) -> None:
     await kvm.swap_memslots(kvm.memslots.replace(None, None))
     async with kvm.stage2.mmu_lock:
         kvm.stage2.zap(slot.gfns, BOTH)
+        if slot.context is not None and slot.context.is_owners:
+            protection.invalidate(slot.context, [slot.gfns], stop=False)
 
 
 async def _bind(kvm: Kvm, files: OpenFiles, slot: MemorySlot, region: Region, leftover: list[File]) -> None:

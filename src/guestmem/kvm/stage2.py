@@ -42,6 +42,8 @@ class Stage2:
         self.mmu_lock = Lock(scheduler, LockClass.MMU_LOCK, f"mmu_lock vm {vm}")
         self.window: Window[Gfn] = Window(f"mmu_invalidate_seq vm {vm}")
         self.tables: dict[Access, PageTable[Gfn, Leaf]] = {access: PageTable() for access in Access}
+        self.check_access: Callable[[Gfn, Pfn, int, bool], bool] | None = None
+        """What the hardware checks besides the leaf, at each access through a private one."""
         self._flush = flush
         self._tracer = tracer
         self._vm = vm
@@ -59,6 +61,10 @@ class Stage2:
         leaf = self.lookup(gfn, access)
         if leaf is None or (write and not leaf.writable):
             return None
+        if self.check_access is not None and self.tables[Access.PRIVATE].lookup(gfn) is leaf:
+            pfn = Pfn(leaf.pfn + gfn - leaf.gfn)
+            if not self.check_access(gfn, pfn, leaf.order, write):
+                return None
         return Translation(leaf.hva + ((gfn - leaf.gfn) << PAGE_SHIFT), leaf.writable, HostWindow(*leaf.window))
 
     def install(self, leaf: Leaf, access: Access, seen: int) -> bool:
@@ -68,12 +74,16 @@ class Stage2:
         only one over the frame that faulted (S13). Smaller leaves in its place are replaced.
         """
         assert self.mmu_lock.held_by_me, "install without mmu_lock"
-        if self.window.blocks(seen, Range(leaf.gfn, Gfn(leaf.gfn + (1 << leaf.order)))):
+        if self.is_void(leaf, seen):
             return False
         self.tables[access].map(leaf.gfn, leaf.order, leaf)
         if self._tracer.enabled:
             self._tracer.emit(event.KvmMap(self._vm, leaf.gfn, leaf.order, access.value, leaf.pfn))
         return True
+
+    def is_void(self, leaf: Leaf, seen: int) -> bool:
+        """Whether `leaf`, from a look-up that noted sequence `seen`, may no longer be installed. mmu_lock held."""
+        return self.window.blocks(seen, Range(leaf.gfn, Gfn(leaf.gfn + (1 << leaf.order))))
 
     def zap(self, gfns: Range[Gfn], accesses: Iterable[Access]) -> None:
         """Remove the leaves of these kinds over `gfns` and what vCPUs cached of them. mmu_lock held."""

@@ -8,9 +8,10 @@ another struct kvm (`enc_context`), which leaves this one dead.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from guestmem.arch import Lifetime, Platform
 from guestmem.cpu.engine import Engine, GuestMemory
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.identity import IdentityPool, VirtualMachine
@@ -25,8 +26,6 @@ from guestmem.uapi.levels import AbiLevel
 
 if TYPE_CHECKING:
     from guestmem.kvm.vcpu import Vcpu
-
-_HAS_PRIVATE_MEMORY = {VmType.DEFAULT: False, VmType.SW_PROTECTED: True}
 
 
 class HostPage(Protocol):
@@ -88,7 +87,8 @@ class IoDevice(Protocol):
 
 
 class KvmEnvironment(NamedTuple):
-    """What the kernel around KVM gives it: memory for files, engines for vCPUs, identities."""
+    """What the kernel around KVM gives it: memory for files, engines for vCPUs, identities, the machine's architectures
+    by type of VM, and how long a page's ownership lasts."""
 
     scheduler: Scheduler
     tracer: Tracer
@@ -96,6 +96,8 @@ class KvmEnvironment(NamedTuple):
     new_inode: Callable[..., Inode]
     new_engine: Callable[[GuestMemory], Engine]
     huge_orders: tuple[int, ...]
+    platforms: Mapping[VmType, Platform]
+    lifetime: Lifetime = Lifetime.BINDING
 
 
 class Kvm:
@@ -120,12 +122,16 @@ class Kvm:
         self.vm_type = vm_type
         self.level = level
         self.mm = mm
-        self.machine = machine or VirtualMachine(scheduler, environment.identities)
+        platform = environment.platforms[vm_type]
+        self.has_private_memory = platform.has_private_memory  # kvm_arch_has_private_mem()
+        self.machine = machine or VirtualMachine(scheduler, environment.identities, platform, environment.lifetime)
         self.lock = Lock(scheduler, LockClass.KVM_LOCK, f"kvm->lock vm {number}")
         self.slots_lock = Lock(scheduler, LockClass.SLOTS_LOCK, f"slots_lock vm {number}")
         self.srcu = Srcu(scheduler, f"kvm->srcu vm {number}")
         self.memslots = SlotTable()
         self.stage2 = Stage2(scheduler, self.tracer, number, self._flush_tlbs)
+        if self.machine.architecture.has_tables:
+            self.stage2.check_access = self._check_access
         self.attributes: Attributes[Gfn] = Attributes(1 << (MAX_PHYSICAL_ADDRESS_BITS - 12), Access.SHARED)
         self.vcpus: dict[int, Vcpu] = {}
         self.created_vcpus = 0  # and those that are being made
@@ -148,15 +154,11 @@ class Kvm:
     # What kind of VM this is
 
     @property
-    def has_private_memory(self) -> bool:
-        """Source: kvm_arch_has_private_mem()."""
-        return _HAS_PRIVATE_MEMORY[self.vm_type]
-
-    @property
     def guest_access_follows_state(self) -> bool:
-        """Whether an access that asserts nothing is what the page's state says. So for software-protected VMs, which
-        have no bit to assert with; a default VM's accesses are shared. Source: kvm_mmu_page_fault()."""
-        return self.vm_type is VmType.SW_PROTECTED
+        """Whether an access that asserts nothing is what the page's state says. So where VMs have private memory: the
+        software-protected have no bit to assert with, and an engine that knows no such bit asserts nothing. A default
+        VM's accesses are shared. Source: kvm_mmu_page_fault()."""
+        return self.has_private_memory
 
     @property
     def supported_vm_attributes(self) -> int:
@@ -271,6 +273,9 @@ class Kvm:
             if slot.context is not None:
                 slot.context.check()
         assert not self.stage2.window.open, "S4: a window is open"
+
+    def _check_access(self, gfn: Gfn, pfn: Pfn, order: int, write: bool) -> bool:
+        return self.machine.architecture.check_access(gfn, pfn, order, write)
 
     def _flush_tlbs(self) -> None:
         for vcpu in self.vcpus.values():

@@ -97,7 +97,7 @@ class Inode:
             scheduler, source, backing, f"inode {number}", orders, split_whole=policy.split is Split.WHOLE
         )
         self.unmap_failed = BitMap64()
-        self.users = Users(scheduler, tracer, number, self._record_unmap_failure)
+        self.users = Users(scheduler, tracer, number, self.record_unmap_failure)
         self.references = RefCount(scheduler, f"inode {number} references")
         self.destroyed = False
         self.frozen = False
@@ -114,9 +114,12 @@ class Inode:
 
     # Users
 
-    def register(self, user: MemoryUser) -> Registration:
-        """From now on `user` may fault pages and is told before they change. End it with `Registration.unregister`."""
-        return self.users.register(user)
+    def register(self, user: MemoryUser, *, last: bool = False) -> Registration:
+        """From now on `user` may fault pages and is told before they change. End it with `Registration.unregister`.
+
+        One that is to be `last` is told after the others: nobody maps the pages any more then.
+        """
+        return self.users.register(user, last=last)
 
     async def put(self) -> None:
         """One file less holds this inode; the last one destroys it."""
@@ -340,8 +343,8 @@ class Inode:
         if self.tracer.enabled:
             self.tracer.emit(event.GmemDestroy(self.number))
 
-    def _record_unmap_failure(self, pages: PageRange) -> None:
-        """A user could not unmap: the pages are bad from now on, as if their memory had failed (Q12)."""
+    def record_unmap_failure(self, pages: PageRange) -> None:
+        """A user could not unmap, or give back: the pages are bad from now on, as if their memory had failed (Q12)."""
         self.unmap_failed.add_range(pages.start, pages.end)
         for run in self.folios.present_in(pages):
             self.folios.poisoned.add_range(run.start, run.end)

@@ -95,11 +95,12 @@ class MemoryUser(Protocol):
 class Registration:
     """The tie between an inode's users and one of them; what a fault is made through."""
 
-    __slots__ = ("_users", "user")
+    __slots__ = ("_users", "last", "user")
 
-    def __init__(self, users: Users, user: MemoryUser) -> None:
+    def __init__(self, users: Users, user: MemoryUser, last: bool) -> None:
         self._users = users
         self.user = user
+        self.last = last
 
     async def unregister(self) -> None:
         """End it. Returns when no notification to the user is in flight (S20, L6)."""
@@ -120,9 +121,12 @@ class Users:
         self.srcu = Srcu(scheduler, f"users of inode {inode}")
         self._unmap_failed = unmap_failed
 
-    def register(self, user: MemoryUser) -> Registration:
-        registration = Registration(self, user)
-        self.registrations.append(registration)
+    def register(self, user: MemoryUser, *, last: bool = False) -> Registration:
+        registration = Registration(self, user, last)
+        place = len(self.registrations)
+        while not last and place and self.registrations[place - 1].last:
+            place -= 1
+        self.registrations.insert(place, registration)
         return registration
 
     async def unregister(self, registration: Registration) -> None:

@@ -118,7 +118,10 @@ class Session:
         for record, _ in stored.values():
             if isinstance(record, VmRecord):
                 host.identities.adopt(record.identity)
-                self.machines[record.identity] = VirtualMachine(host.scheduler, host.identities, record.identity)
+                platform = host.platforms[VmType.DEFAULT]  # memory with an architecture's tables is not preserved
+                self.machines[record.identity] = VirtualMachine(
+                    host.scheduler, host.identities, platform, identity=record.identity
+                )
 
     async def retrieve(self, call: Call, token: int) -> None:
         """Raises: Refusal ENOENT `retrieve.token`; EBUSY `retrieve.twice`; EINVAL `retrieve.vm_first`."""

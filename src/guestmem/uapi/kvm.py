@@ -140,7 +140,8 @@ MAX_PHYSICAL_ADDRESS_BITS = 52
 
 
 class VmType(enum.IntEnum):
-    """KVM_CREATE_VM's argument on x86, as far as it is built."""
+    """KVM_CREATE_VM's argument, as far as it is built."""
 
     DEFAULT = 0
     SW_PROTECTED = 1
+    SNP = 4

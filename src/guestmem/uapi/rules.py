@@ -341,6 +341,13 @@ _TABLE = (
     Rule("dma.not_attached", ("EFAULT",), _DMA, 1, "the device is attached to no domain", "iommu_group blocking [M]"),
     Rule("dma.unmapped", ("EFAULT",), _DMA, 3, "nothing is mapped there, or the device cannot ask for it", "[M]"),
     Rule("dma.permission", ("EFAULT",), _DMA, 4, "mapped, but not for reading, or not for writing", "[M]"),
+    # Architectures
+    Rule(
+        "arch.make_private", ("EINVAL",), "KVM_RUN", 7, "hardware or firmware did not take the page", "sev_gmem_prepare"
+    ),
+    Rule(
+        "arch.guest_access", ("EFAULT",), "KVM_RUN", 8, "the page is not the guest's at this address", "APM 2, 15.36.10"
+    ),
     # KVM_PRE_FAULT_MEMORY, populate, vCPUs, identities
     Rule("prefault.flags", ("EINVAL",), _PREFAULT, 2, "flags must be zero", "uapi.md 12 [M] [O G40]"),
     Rule("prefault.unaligned", ("EINVAL",), _PREFAULT, 3, "gpa or size is not page aligned", "[M] [O G42]"),

@@ -1,0 +1,266 @@
+"""SEV-SNP as KVM sees it: what arch/x86/kvm/svm/sev.c does with the RMP and the firmware for each of KVM's calls.
+
+Bytes. A page of the guest has plaintext in its backing, and what is "in memory" is `MemoryKey.encrypt` of it. When a
+page is assigned the guest sees decrypted what is in memory: garbage, unless the same guest encrypted it at the same
+place. When it is taken back the host sees ciphertext.
+
+Source: sev_gmem_prepare, sev_gmem_invalidate, snp_launch_start, sev_gmem_post_populate, snp_launch_finish,
+sev_vm_destroy; in-place v8's make_shared; 934002cd660b (DECOMMISSION on error paths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from guestmem.arch.architecture import Block, FirmwareError, Owner
+from guestmem.arch.snp.cipher import MemoryKey
+from guestmem.arch.snp.digest import VMSA_GPA, PageType, extend
+from guestmem.arch.snp.firmware import Context, Firmware, SevStatus
+from guestmem.arch.snp.rmp import READ, WRITE, Fault, Rmp, State, Status
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Pfn, read_host, write_host
+
+
+class SnpPlatform:
+    """A machine with SNP: one RMP, one firmware. `pages` of memory; large entries have `large_order`, 0 for none.
+
+    With `guests_validate` guests run PVALIDATE on a page that they find not validated, as kernels that accept memory
+    lazily do; without, such a page is a fault to them.
+    """
+
+    name = "snp"
+    has_private_memory = True
+
+    def __init__(
+        self,
+        pages: int,
+        *,
+        large_order: int = 9,
+        guests_validate: bool = True,
+        fails: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self.rmp = Rmp(pages, large_order, fails)
+        self.firmware = Firmware(self.rmp, fails=fails)
+        self.guests_validate = guests_validate
+        self.keys: dict[int, tuple[int, MemoryKey]] = {}  # by ASID: the generation that has it, and its key
+
+    def new_guest(self, number: int, generation: int) -> SnpGuest:
+        self.keys[number] = generation, MemoryKey(generation)
+        return SnpGuest(self, number, generation)
+
+    def owner(self, pfn: Pfn) -> Owner | None:
+        found = self.rmp.lookup(pfn)
+        if found is None:
+            return None
+        asid = found[1].asid
+        return Owner(asid, self.keys[asid][0], self.rmp.gfn_of(pfn))
+
+    def owned(self) -> Iterator[tuple[Pfn, Owner]]:
+        for base, entry in self.rmp.entries():
+            for number in range(1 << self.rmp.large_order if entry.large else 1):
+                yield Pfn(base + number), Owner(entry.asid, self.keys[entry.asid][0], entry.gfn + number)
+
+    def dma_allowed(self, block: Block, trusted: bool) -> bool:
+        """An IOMMU leaf and the RMP must agree: a shared one shows pages of the host only, a private one pages in an
+        entry of its own size (Q13)."""
+        if not trusted:
+            return all(self.rmp.lookup(Pfn(block.pfn + number)) is None for number in range(block.pages))
+        found = self.rmp.lookup(block.pfn)
+        return found is not None and found[1].large is bool(block.order)
+
+    def host_read(self, pfn: Pfn, hva: int) -> bytes:
+        """Reads are never refused: a guest's page shows its ciphertext."""
+        stored = read_host(hva, PAGE_SIZE)
+        found = self.rmp.lookup(pfn)
+        return stored if found is None else self.keys[found[1].asid][1].encrypt(pfn, stored)
+
+    def read_as(self, number: int, pfn: Pfn, hva: int) -> bytes:
+        """What a guest of another ASID would read, could it reach the page."""
+        return self.keys[number][1].decrypt(pfn, self.host_read(pfn, hva))
+
+
+class SnpGuest:
+    """One SNP virtual machine: an ASID, and from `start` on a guest context."""
+
+    has_tables = True
+
+    def __init__(self, platform: SnpPlatform, asid: int, generation: int) -> None:
+        self.platform = platform
+        self.asid = asid
+        self.generation = generation
+        self.context: Context | None = None
+        self.ended = False
+        self._key = platform.keys[asid][1]
+
+    # Pages
+
+    def leaf_order(self, gfn: int, block: Block) -> int:
+        """Source: sev_private_max_mapping_level: the size of the RMP entry, where there is one."""
+        large_order = self.platform.rmp.large_order
+        if not large_order or block.order < large_order:
+            return 0
+        found = self.platform.rmp.lookup(block.pfn)
+        if found is not None:
+            return large_order if found[1].large else 0
+        return large_order if self._all_free(block) and not gfn & ((1 << large_order) - 1) else 0
+
+    def make_private(self, gfn: int, block: Block) -> None:
+        """RMPUPDATE, unless the page is assigned: to whichever address, as in sev_gmem_prepare."""
+        found = self.platform.rmp.lookup(block.pfn)
+        if found is not None:
+            if found[1].asid != self.asid:
+                raise FirmwareError("RMPUPDATE", "FAIL_PERMISSION", pfn=block.pfn, owner=found[1].asid)
+            if found[1].large and not block.order:
+                self._smash(found[0])
+            return
+        large = bool(block.order)
+        self._update(block.pfn, State(True, self.asid, gfn, large))
+        for pfn, hva in _pages(block):
+            write_host(hva, self._key.decrypt(pfn, read_host(hva, PAGE_SIZE)))
+
+    def make_shared(self, block: Block) -> None:
+        """PSMASH where the entry is larger than what leaves, then RMPUPDATE; the host sees ciphertext."""
+        rmp = self.platform.rmp
+        pages = list(_pages(block))
+        for pfn, hva in pages:
+            found = rmp.lookup(pfn)
+            if found is None or found[1].asid != self.asid:
+                continue
+            base, entry = found
+            whole = entry.large and base >= block.pfn and base + (1 << rmp.large_order) <= block.pfn + block.pages
+            if entry.large and not whole:
+                self._smash(base)
+            if entry.immutable:
+                rmp.reclaim(pfn)
+            self._update(pfn, State(large=whole))
+            for number in range(1 << rmp.large_order if whole else 1):
+                inside, at = Pfn(pfn + number), hva + (number << PAGE_SHIFT)
+                write_host(at, self._key.encrypt(inside, read_host(at, PAGE_SIZE)))
+
+    def reclaim(self, block: Block) -> None:
+        """As make_shared: nobody needs scrub ciphertext. Source: sev_gmem_invalidate."""
+        self.make_shared(block)
+
+    def invalidate(self, gfn: int, pages: int) -> None:
+        """RMP entries do not follow the leaves."""
+
+    def split(self, gfn: int, order: int) -> None:
+        """PSMASH of the large entry at a frame, in answer to a guest's size mismatch."""
+        for base, entry in self.platform.rmp.entries():
+            if entry.asid == self.asid and entry.large and entry.gfn == gfn:
+                self._smash(base)
+                return
+        raise FirmwareError("PSMASH", "FAIL_INPUT", gfn=gfn)
+
+    def merge(self, gfn: int, order: int) -> None:
+        """Not without the guest's help: small entries stay. Source: APM volume 2, 15.36.11."""
+        raise FirmwareError("RMPUPDATE", "FAIL_OVERLAP", gfn=gfn)
+
+    def check_access(self, gfn: int, pfn: Pfn, order: int, write: bool) -> bool:
+        """Table 15-39, for a data access with the C-bit at VMPL0; a guest that accepts lazily validates first."""
+        rmp, large = self.platform.rmp, bool(order)
+        need = READ | WRITE if write else READ
+        fault = rmp.check_guest(self.asid, gfn, pfn, leaf_large=large, need=need)
+        if fault is Fault.NOT_VALIDATED and self.platform.guests_validate:
+            found = rmp.lookup(pfn)
+            assert found is not None
+            rmp.pvalidate(self.asid, found[1].gfn, found[0], large=large, validate=True)
+            fault = rmp.check_guest(self.asid, gfn, pfn, leaf_large=large, need=need)
+        return fault is None
+
+    # Launch
+
+    def start(self, policy: int) -> None:
+        """GCTX_CREATE, LAUNCH_START, ACTIVATE; whatever fails, the context does not stay behind (known bug B41)."""
+        if self.context is not None:
+            raise FirmwareError("SNP_LAUNCH_START", SevStatus.INVALID_GUEST_STATE.name)
+        firmware = self.platform.firmware
+        context = firmware.gctx_create()
+        if isinstance(context, SevStatus):
+            raise FirmwareError("SNP_GCTX_CREATE", context.name)
+        status = firmware.launch_start(context, policy)
+        call = "SNP_LAUNCH_START"
+        if status is SevStatus.SUCCESS:
+            status = self._activate(context)
+            call = "SNP_ACTIVATE"
+        if status is not SevStatus.SUCCESS:
+            firmware.decommission(context)
+            raise FirmwareError(call, status.name, asid=self.asid)
+        self.context = context
+
+    def populate(self, gfn: int, block: Block, source: bytes | None, kind: int = 0) -> None:
+        """The page becomes firmware's, then SNP_LAUNCH_UPDATE makes it the guest's. On failure it is the host's again
+        and a CPUID page's correction is in the error. Source: sev_gmem_post_populate."""
+        page_type = PageType(kind or PageType.NORMAL)
+        context = self._launched("SNP_LAUNCH_UPDATE")
+        rmp = self.platform.rmp
+        if rmp.lookup(block.pfn) is not None:
+            raise FirmwareError("SNP_LAUNCH_UPDATE", SevStatus.INVALID_PAGE_STATE.name, pfn=block.pfn)
+        before = read_host(block.hva, PAGE_SIZE)
+        if page_type is PageType.ZERO:
+            write_host(block.hva, bytes(PAGE_SIZE))
+        elif source is not None:
+            write_host(block.hva, source)
+        contents = read_host(block.hva, PAGE_SIZE)
+        try:
+            self._update(block.pfn, State(True, self.asid, gfn, immutable=True))
+            status, corrected = self.platform.firmware.launch_update(context, gfn, block.pfn, page_type, contents)
+            if status is not SevStatus.SUCCESS:
+                rmp.reclaim(block.pfn)
+                self._update(block.pfn, State())
+                raise FirmwareError("SNP_LAUNCH_UPDATE", status.name, corrected, gfn=gfn)
+        except FirmwareError:
+            if rmp.lookup(block.pfn) is None:
+                write_host(block.hva, before)
+            raise
+
+    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
+        """VMSAs, in the order of the vCPUs, then SNP_LAUNCH_FINISH; the launch digest. Their pages are KVM's own."""
+        context = self._launched("SNP_LAUNCH_FINISH")
+        before = context.digest
+        for state in vcpu_states:
+            context.digest = extend(context.digest, PageType.VMSA, VMSA_GPA, state)
+        status = self.platform.firmware.launch_finish(context)
+        if status is not SevStatus.SUCCESS:
+            context.digest = before
+            raise FirmwareError("SNP_LAUNCH_FINISH", status.name, asid=self.asid)
+        return context.digest
+
+    def teardown(self) -> bool:
+        """DECOMMISSION, once. A page that could not be taken back keeps the ASID from ever being used again."""
+        assert not self.ended, "S8: a guest is torn down twice"
+        self.ended = True
+        if self.context is not None:
+            self.platform.firmware.decommission(self.context)
+        return not any(entry.asid == self.asid for _, entry in self.platform.rmp.entries())
+
+    def _activate(self, context: Context) -> SevStatus:
+        """An ASID that a guest had before is dirty: flush first."""
+        firmware = self.platform.firmware
+        status = firmware.activate(context, self.asid)
+        if status is SevStatus.DFFLUSH_REQUIRED:
+            firmware.df_flush()
+            status = firmware.activate(context, self.asid)
+        return status
+
+    def _launched(self, call: str) -> Context:
+        if self.context is None:
+            raise FirmwareError(call, SevStatus.INVALID_GUEST.name, asid=self.asid)
+        return self.context
+
+    def _all_free(self, block: Block) -> bool:
+        return all(self.platform.rmp.lookup(pfn) is None for pfn, _ in _pages(block))
+
+    def _update(self, pfn: Pfn, state: State) -> None:
+        status = self.platform.rmp.rmpupdate(pfn, state)
+        if status is not Status.SUCCESS:
+            raise FirmwareError("RMPUPDATE", status.name, pfn=pfn)
+
+    def _smash(self, base: Pfn) -> None:
+        status = self.platform.rmp.psmash(base)
+        if status is not Status.SUCCESS:
+            raise FirmwareError("PSMASH", status.name, pfn=base)
+
+
+def _pages(block: Block) -> Iterator[tuple[Pfn, int]]:
+    for number in range(block.pages):
+        yield Pfn(block.pfn + number), block.hva + (number << PAGE_SHIFT)

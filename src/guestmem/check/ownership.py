@@ -1,0 +1,86 @@
+"""How the properties look at the architectures' tables: whose each page is, against the file that it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from guestmem.arch import Lifetime, Owner
+from guestmem.check.world import World, contexts, live_vms
+from guestmem.kvm.identity import Identity, VirtualMachine
+from guestmem.memory import Access, Inode, PageIndex, Pfn
+
+
+def owned_pages(world: World) -> Iterator[tuple[Pfn, Owner]]:
+    for platform in world.platforms.values():
+        yield from platform.owned()
+
+
+def wrong_owners(world: World) -> Iterator[str]:
+    """S9: a page that is a guest's is private, in a file of that guest, and at the address of its binding; and no
+    private leaf shows a page that is not its guest's. Pages that hardware would not give back are known to be bad."""
+    places = _places(world)
+    for pfn, owner in owned_pages(world):
+        if pfn in world.pool.retired:
+            continue
+        place = places.get(pfn)
+        if place is None:
+            yield f"pfn {pfn} is {owner}'s and in no file"
+            continue
+        inode, index = place
+        if index in inode.unmap_failed or inode.users.open:
+            continue
+        if inode.owner is None or inode.owner.identity != (owner.number, owner.generation):
+            yield f"page {index:#x} of inode {inode.number} is {owner}'s and not its virtual machine's"
+        elif inode.access_at(index) is not Access.PRIVATE:
+            yield f"page {index:#x} of inode {inode.number} is shared and {owner}'s"
+        elif not _is_bound(world, inode, index, owner):
+            yield f"page {index:#x} of inode {inode.number} is {owner}'s, where no binding has it"
+    yield from _leaves_of_others(world)
+
+
+def _places(world: World) -> dict[Pfn, tuple[Inode, PageIndex]]:
+    return {
+        pfn: (inode, PageIndex(index))
+        for inode in world.inodes
+        if not inode.destroyed
+        for index in inode.folios.present
+        if (pfn := inode.folios.pfn(PageIndex(index))) is not None
+    }
+
+
+def _is_bound(world: World, inode: Inode, index: PageIndex, owner: Owner) -> bool:
+    """Under the other policies an entry outlives its binding, and its address goes stale: that is what they do."""
+    machine = inode.owner
+    if owner.gfn is None or not isinstance(machine, VirtualMachine) or machine.lifetime is not Lifetime.BINDING:
+        return True
+    for context in contexts(world):
+        slot = context.binding_at(index) if context.inode is inode else None
+        if slot is not None and slot.gfns.start + index - slot.pages.start == owner.gfn:
+            return True
+    return False
+
+
+def _leaves_of_others(world: World) -> Iterator[str]:
+    for kvm in live_vms(world):
+        if not kvm.machine.architecture.has_tables:
+            continue
+        platform = kvm.environment.platforms[kvm.vm_type]
+        for number, order, leaf in kvm.stage2.tables[Access.PRIVATE].leaves():
+            for inside in range(1 << order):
+                owner = platform.owner(Pfn(leaf.pfn + inside))
+                if owner is None or owner[:2] != kvm.machine.identity:
+                    yield f"vm {kvm.number} maps gfn {number + inside:#x}, whose page is {owner}'s"
+
+
+def freed_but_owned(world: World) -> Iterator[str]:
+    """S10: a page that reaches the allocator is the host's in every table."""
+    for pfn, owner in owned_pages(world):
+        if pfn not in world.pool.allocated:
+            yield f"pfn {pfn} is free and {owner}'s"
+
+
+def recycled_owners(world: World) -> Iterator[str]:
+    """S8: no page names an identity that somebody else may have. A number that a bad page names is nobody's again."""
+    for pfn, owner in owned_pages(world):
+        if world.identities.may_come_again(Identity(owner.number, owner.generation)):
+            yield f"pfn {pfn} is {owner}'s, whose number is free"
