@@ -16,13 +16,13 @@ never sees `await`. What a call refuses it raises as `Refusal`, which names the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from guestmem.arch import Lifetime
 from guestmem.arch.platforms import new_platforms
-from guestmem.cpu.engine import Engine, GuestMemory
+from guestmem.cpu.default import EngineFactory, default_engine
 from guestmem.iommu import DmaDevice, Iommu
 from guestmem.iommu.script import IommuHandle
 from guestmem.kvm.addresses import gfn_of
@@ -31,6 +31,7 @@ from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_fro
 from guestmem.kvm.exits import Exit, HltExit, ShutdownExit
 from guestmem.kvm.gmem import create_guest_memfd, set_memory_attributes2
 from guestmem.kvm.identity import IdentityPool
+from guestmem.kvm.launch_script import LaunchHandle
 from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.populate import populate
 from guestmem.kvm.prefault import pre_fault_memory
@@ -65,14 +66,6 @@ from guestmem.uapi.structs import UserspaceMemoryRegion2 as Region2
 from guestmem.userspace import Pin, Process, Userspace, View
 
 T = TypeVar("T")
-EngineFactory = Callable[[GuestMemory], Engine]
-
-
-def default_engine(memory: GuestMemory) -> Engine:
-    """The engine of a vCPU unless a script says otherwise: Unicorn."""
-    from guestmem.cpu.unicorn import UnicornEngine  # not needed by who brings another engine
-
-    return UnicornEngine(memory)
 
 
 class Host:
@@ -256,6 +249,7 @@ class Vm:
         self.host = host
         self.kvm = kvm
         self.fd = fd
+        self.launch = LaunchHandle(host.run, kvm)
 
     def create_guest_memfd(self, size: int, *, mmap: bool = False, init_shared: bool = False, order: int = 0) -> Gmem:
         """KVM_CREATE_GUEST_MEMFD. Bytes; with `order`, of huge pages. Raises: Refusal `create.*`, `fd.limit`."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from guestmem.arch.snp import SnpPlatform
+from guestmem.arch.snp.rmp import State
 from guestmem.check.invariants import NOT_YET, PROPERTIES, Violation, ZeroGhost, check_all, snapshot
 from guestmem.cpu.engine import HostWindow, Translation
 from guestmem.cpu.scripted import Store
@@ -95,6 +97,14 @@ def s8(world: World) -> None:
     world.host.identities.live.clear()
 
 
+def s9(world: World) -> None:
+    """The RMP gives a page of this VM to a guest of another architecture."""
+    snp = world.host.platforms[VmType.SNP]
+    assert isinstance(snp, SnpPlatform)
+    snp.new_guest(7, 7)
+    snp.rmp.rmpupdate(world.leaf(Access.SHARED, 0).pfn, State(True, 7, 0))
+
+
 def s10(world: World) -> None:
     world.host.pool.allocated.remove(world.leaf(Access.SHARED, 0).pfn)
 
@@ -172,6 +182,7 @@ BREAKS: list[tuple[str, Callable[[World], None]]] = [
     ("S7", s7),
     ("S8", s8),
     ("S8", s8_helper_left_alone),
+    ("S9", s9),
     ("S10", s10),
     ("S12", s12),
     ("S13", s13),

@@ -9,7 +9,12 @@ from guestmem.kvm.populate import PostPopulate
 
 @mutant("B12", replaces="guestmem.kvm.populate:_populate_page", breaks={"S2", "S9"})
 async def populate_on_shared_page(
-    context: KvmGmemContext, slot: MemorySlot, gfn: Gfn, source_hva: int | None, post_populate: PostPopulate
+    context: KvmGmemContext,
+    slot: MemorySlot,
+    gfn: Gfn,
+    source_hva: int | None,
+    post_populate: PostPopulate,
+    corrects_source: bool,
 ) -> None:
     """The state is not tested."""
     source = await context.kvm.mm.pin_page(source_hva, write=False) if source_hva is not None else None

@@ -10,7 +10,12 @@ from guestmem.memory import Access
 
 @mutant("B13", replaces="guestmem.kvm.populate:_populate_page", breaks={"S17", "L5"})
 async def populate_lock_order(
-    context: KvmGmemContext, slot: MemorySlot, gfn: Gfn, source_hva: int | None, post_populate: PostPopulate
+    context: KvmGmemContext,
+    slot: MemorySlot,
+    gfn: Gfn,
+    source_hva: int | None,
+    post_populate: PostPopulate,
+    corrects_source: bool,
 ) -> None:
     """get_user_pages inside the locked section."""
     async with context.inode.invalidate_lock.exclusive:

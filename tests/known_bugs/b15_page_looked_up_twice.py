@@ -10,7 +10,12 @@ from guestmem.memory import Access
 
 @mutant("B15", replaces="guestmem.kvm.populate:_populate_page", breaks={"S12"})
 async def page_looked_up_twice(
-    context: KvmGmemContext, slot: MemorySlot, gfn: Gfn, source_hva: int | None, post_populate: PostPopulate
+    context: KvmGmemContext,
+    slot: MemorySlot,
+    gfn: Gfn,
+    source_hva: int | None,
+    post_populate: PostPopulate,
+    corrects_source: bool,
 ) -> None:
     """The lock does not cover both the look-up and the step that relies on it."""
     source = await context.kvm.mm.pin_page(source_hva, write=False) if source_hva is not None else None

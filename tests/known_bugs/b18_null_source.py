@@ -10,7 +10,12 @@ from guestmem.memory import Access
 
 @mutant("B18", replaces="guestmem.kvm.populate:_populate_page", breaks={"S16", "never"})
 async def null_source(
-    context: KvmGmemContext, slot: MemorySlot, gfn: Gfn, source_hva: int | None, post_populate: PostPopulate
+    context: KvmGmemContext,
+    slot: MemorySlot,
+    gfn: Gfn,
+    source_hva: int | None,
+    post_populate: PostPopulate,
+    corrects_source: bool,
 ) -> None:
     """`if source:` where `if source is not None:` is meant."""
     source = await context.kvm.mm.pin_page(source_hva, write=False) if source_hva else None

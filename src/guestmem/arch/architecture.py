@@ -75,6 +75,11 @@ class GuestArchitecture(Protocol):
 
     has_tables: bool
 
+    @property
+    def launched(self) -> bool:
+        """Whether its vCPUs may run."""
+        ...
+
     def leaf_order(self, gfn: int, block: Block) -> int:
         """The largest order, up to the block's, that a private leaf over it may have: what the tables hold already."""
         ...
@@ -126,8 +131,15 @@ class GuestArchitecture(Protocol):
         """
         ...
 
+    def corrects(self, kind: int) -> bool:
+        """Whether firmware may have another idea of a page of this kind, and `populate` fail with what it is."""
+        ...
+
     def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
-        """Launch ends; the measurement. `vcpu_states` are the initial states that go into it. Raises: FirmwareError."""
+        """Launch ends; the measurement. `vcpu_states` are the vCPUs' registers, each a struct kvm_regs.
+
+        Raises: FirmwareError.
+        """
         ...
 
     def teardown(self) -> bool:
@@ -151,6 +163,10 @@ class Platform(Protocol):
 
     def owned(self) -> Iterable[tuple[Pfn, Owner]]:
         """Every page that is not the host's."""
+        ...
+
+    def live_guests(self) -> int:
+        """How many virtual machines firmware has a context of."""
         ...
 
     def dma_allowed(self, block: Block, trusted: bool) -> bool:

@@ -30,6 +30,9 @@ class SoftwarePlatform:
     def owned(self) -> Iterable[tuple[Pfn, Owner]]:
         return ()
 
+    def live_guests(self) -> int:
+        return 0
+
     def dma_allowed(self, block: Block, trusted: bool) -> bool:
         return not trusted
 
@@ -39,6 +42,8 @@ class SoftwarePlatform:
 
 class SoftwareGuest:
     """A virtual machine of such a platform. With `scramble` a page has other bytes after a conversion, either way."""
+
+    launched = True
 
     def __init__(self, scramble: bool) -> None:
         self.has_tables = scramble
@@ -81,6 +86,9 @@ class SoftwareGuest:
         self._private.add(block.pfn)
         if source is not None:
             write_host(block.hva, source)
+
+    def corrects(self, kind: int) -> bool:
+        return False
 
     def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
         return b""

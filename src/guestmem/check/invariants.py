@@ -302,10 +302,12 @@ def _s17(world: World) -> Iterator[str]:
             yield f"task {task.name} holds {', '.join(lock.name for lock in task.held)}"
 
 
-@_property("S18", "a migration finds no vCPU half made")
+@_property("S18", "launch and migration find no vCPU half made, or loaded")
 def _s18(world: World) -> Iterator[str]:
     for kvm in live_vms(world):
         for vcpu in kvm.vcpus.values():
+            if kvm.finishing is not None and vcpu.mutex.owner not in (None, kvm.finishing):
+                yield f"vCPU {vcpu.number} of vm {kvm.number} is loaded while the launch reads its state"
             if kvm.has_private_memory and vcpu.identity != kvm.machine.identity:
                 yield f"vCPU {vcpu.number} of vm {kvm.number} was made for {vcpu.identity}, not {kvm.machine.identity}"
 

@@ -30,11 +30,18 @@ async def copy_source(gfn: Gfn, page: Page, source: PinnedPage | None) -> None:
 
 
 async def populate(
-    kvm: Kvm, gfn: Gfn, source_hva: int | None, pages: int, post_populate: PostPopulate = copy_source
+    kvm: Kvm,
+    gfn: Gfn,
+    source_hva: int | None,
+    pages: int,
+    post_populate: PostPopulate = copy_source,
+    *,
+    corrects_source: bool = False,
 ) -> int:
     """Fill private pages of a guest_memfd slot from the host's memory, one after another; how many were done.
 
-    `source_hva` None leaves what is in the page. Ends at the end of the slot, at an error or at a signal.
+    `source_hva` None leaves what is in the page. With `corrects_source` the source may be written to, so it must be
+    writable (known bug B16). Ends at the end of the slot, at an error or at a signal.
 
     Raises, only if not one page was done: Refusal EINVAL `populate.range`, `populate.not_gmem`, `populate.shared`;
     EFAULT `fault.file_gone`, `user.page`; EINTR `populate.interrupted`; what Inode.fault refuses.
@@ -51,7 +58,7 @@ async def populate(
             if context is None or not context.file.get_unless_dying():
                 raise Refusal(errno.EFAULT, "fault.file_gone", slot=slot.id, gfn=gfn)
             held.append(context.file)
-            return await _populate_slot(context, slot, gfn, source_hva, pages, post_populate)
+            return await _populate_slot(context, slot, gfn, source_hva, pages, post_populate, corrects_source)
     finally:
         for file in held:
             await file.put()
@@ -64,6 +71,7 @@ async def _populate_slot(
     source_hva: int | None,
     pages: int,
     post_populate: PostPopulate,
+    corrects_source: bool,
 ) -> int:
     kvm = context.kvm
     done = 0
@@ -72,7 +80,7 @@ async def _populate_slot(
             if kvm.scheduler.signal_pending:
                 raise Refusal(errno.EINTR, "populate.interrupted", done=done)
             source = source_hva + done * PAGE_SIZE if source_hva is not None else None
-            await _populate_page(context, slot, Gfn(gfn + done), source, post_populate)
+            await _populate_page(context, slot, Gfn(gfn + done), source, post_populate, corrects_source)
         except Refusal:
             if not done:
                 raise
@@ -82,12 +90,17 @@ async def _populate_slot(
 
 
 async def _populate_page(
-    context: KvmGmemContext, slot: MemorySlot, gfn: Gfn, source_hva: int | None, post_populate: PostPopulate
+    context: KvmGmemContext,
+    slot: MemorySlot,
+    gfn: Gfn,
+    source_hva: int | None,
+    post_populate: PostPopulate,
+    corrects_source: bool,
 ) -> None:
     """One page. Its source is pinned before invalidate_lock is taken: the source may be a mapping of this very file,
     and faulting that in takes mmap_lock, which comes first (known bug B13)."""
     kvm = context.kvm
-    source = await kvm.mm.pin_page(source_hva, write=False) if source_hva is not None else None
+    source = await kvm.mm.pin_page(source_hva, write=corrects_source) if source_hva is not None else None
     try:
         async with context.inode.invalidate_lock.exclusive:
             if kvm.access_of(gfn, slot) is not Access.PRIVATE:

@@ -56,13 +56,16 @@ class GmemRecord(msgspec.Struct, frozen=True, tag="guest_memfd"):
 def preserve_vm(kvm: Kvm) -> None:
     """From now on the identity stays with this struct kvm. Undone by `unpreserve_vm`.
 
-    Raises: Refusal EIO `ioctl.vm_dead`; EBUSY `preserve.twice`; EOPNOTSUPP `preserve.helper`.
+    Raises: Refusal EIO `ioctl.vm_dead`; EBUSY `preserve.twice`; EOPNOTSUPP `preserve.helper`,
+    `preserve.architecture`.
     """
     kvm.check_alive()
     if kvm.preserved:
         raise Refusal(errno.EBUSY, "preserve.twice", vm=kvm.number)
     if kvm.mirror_of is not None:
         raise Refusal(errno.EOPNOTSUPP, "preserve.helper", vm=kvm.number)
+    if kvm.machine.architecture.has_tables:
+        raise Refusal(errno.EOPNOTSUPP, "preserve.architecture", vm=kvm.number)
     kvm.preserved = True
 
 

@@ -73,9 +73,12 @@ class Vcpu:
     async def run(self) -> Exit:
         """Enter the guest and come back with the reason for the exit.
 
-        Raises: Refusal for what KVM_RUN fails with besides EINTR and memory faults (ENOMEM, EIO).
+        Raises: Refusal for what KVM_RUN fails with besides EINTR and memory faults (ENOMEM, EIO); EINVAL
+        `run.not_launched`.
         """
         async with self.mutex:
+            if not self.kvm.machine.architecture.launched:
+                await self._wait_for_launch()
             self._answer()
             exit_ = await self._run()
         self._count(exit_)
@@ -88,6 +91,8 @@ class Vcpu:
         that the mutex was not taken.
         """
         if self.mutex.owner is not None or self.immediate_exit or self._begun is not None or self.kvm.dead:
+            return None
+        if not self.kvm.machine.architecture.launched:
             return None
         self.kvm.entered = True
         self._answer()
@@ -102,6 +107,12 @@ class Vcpu:
                 return None
         self._count(exit_)
         return exit_
+
+    async def _wait_for_launch(self) -> None:
+        """Another may be about to finish it. Source: pre_sev_run, without a VMSA; tdx_vcpu_pre_run."""
+        await self.kvm.scheduler.preempt("vCPU loaded, not launched")
+        if not self.kvm.machine.architecture.launched:
+            raise Refusal(errno.EINVAL, "run.not_launched", vm=self.kvm.number)
 
     def _count(self, exit_: Exit) -> None:
         self.exits += 1

@@ -19,7 +19,7 @@ from guestmem.kvm.memslots import MemorySlot, SlotTable
 from guestmem.kvm.stage2 import Stage2
 from guestmem.memory import PAGE_SHIFT, Access, Inode, Pfn, Range
 from guestmem.memory.attributes import Attributes
-from guestmem.sched import Lock, LockClass, RefCount, Scheduler, Srcu, WaitQueue
+from guestmem.sched import Lock, LockClass, RefCount, Scheduler, Srcu, Task, WaitQueue
 from guestmem.trace import Refusal, Tracer
 from guestmem.uapi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE, MAX_PHYSICAL_ADDRESS_BITS, VmType
 from guestmem.uapi.levels import AbiLevel
@@ -137,6 +137,7 @@ class Kvm:
         self.created_vcpus = 0  # and those that are being made
         self.dead = False
         self.entered = False  # a vCPU has run
+        self.finishing: Task[Any] | None = None  # who ends the launch
         self.migration_in_progress = False
         self.preserved = False  # for a live update: the identity stays where it is
         self.mirror_of: Kvm | None = None

@@ -267,6 +267,7 @@ _TABLE = (
     Rule("preserve.owner", ("EINVAL",), _PRESERVE, 4, "the view is not of the memory's virtual machine", "R27 [I]"),
     Rule("preserve.helper", ("EOPNOTSUPP",), _PRESERVE, 5, "a helper goes with its owner", "[I]"),
     Rule("preserve.huge", ("EOPNOTSUPP",), _PRESERVE, 6, "huge pages are not preserved", "guest_memfd_luo [P]"),
+    Rule("preserve.architecture", ("EOPNOTSUPP",), _PRESERVE, 9, "hardware has tables of its pages", "[I]"),
     Rule("preserve.poisoned", ("EHWPOISON",), _PRESERVE, 7, "a page is bad", "guest_memfd_luo [P]"),
     Rule("preserve.vm_first", ("EINVAL",), _PRESERVE, 8, "the file's VM is not in the session", "guest_memfd_luo [P]"),
     Rule("preserve.not_ours", ("ENOENT",), _PRESERVE, 2, "no file that can be preserved", "luo_preserve_file [M]"),
@@ -348,6 +349,13 @@ _TABLE = (
     Rule(
         "arch.guest_access", ("EFAULT",), "KVM_RUN", 8, "the page is not the guest's at this address", "APM 2, 15.36.10"
     ),
+    Rule("run.not_launched", ("EINVAL",), "KVM_RUN", 9, "the guest's launch is not finished", "pre_sev_run [M]"),
+    Rule("launch.done", ("EINVAL",), "launch", 1, "the guest is launched already, or needs no launch", "sev.c [M]"),
+    Rule("launch.start", ("EIO",), "launch", 2, "firmware refused to begin", "snp_launch_start [M]"),
+    Rule("launch.update", ("EIO",), "launch", 3, "firmware refused a page", "sev_gmem_post_populate [M]"),
+    Rule("launch.vcpu_creation", ("EBUSY",), "launch", 4, "a vCPU is being made", "af44c79b31e4 [M]"),
+    Rule("launch.killed", ("EINTR",), "launch", 5, "killed while it waited for the vCPUs", "kvm_lock_all_vcpus [M]"),
+    Rule("launch.finish", ("EIO",), "launch", 6, "firmware refused to end it", "snp_launch_finish [M]"),
     # KVM_PRE_FAULT_MEMORY, populate, vCPUs, identities
     Rule("prefault.flags", ("EINVAL",), _PREFAULT, 2, "flags must be zero", "uapi.md 12 [M] [O G40]"),
     Rule("prefault.unaligned", ("EINVAL",), _PREFAULT, 3, "gpa or size is not page aligned", "[M] [O G42]"),

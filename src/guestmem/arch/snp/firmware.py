@@ -108,8 +108,6 @@ class Firmware:
             return SevStatus.ASID_OWNED
         if asid in self.dirty_asids:
             return SevStatus.DFFLUSH_REQUIRED
-        if any(entry.asid == asid for _, entry in self._rmp.entries()):
-            return SevStatus.INVALID_ASID
         if self._fails("snp: ACTIVATE"):
             return SevStatus.INVALID_PLATFORM_STATE
         context.asid = asid

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.snp.cipher import MemoryKey
 from guestmem.arch.snp.digest import VMSA_GPA, PageType, extend
-from guestmem.arch.snp.firmware import Context, Firmware, SevStatus
+from guestmem.arch.snp.firmware import Context, Firmware, GuestState, SevStatus
 from guestmem.arch.snp.rmp import READ, WRITE, Fault, Rmp, State, Status
+from guestmem.arch.snp.vmsa import vmsa_page
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Pfn, read_host, write_host
 
 
@@ -59,6 +60,9 @@ class SnpPlatform:
             for number in range(1 << self.rmp.large_order if entry.large else 1):
                 yield Pfn(base + number), Owner(entry.asid, self.keys[entry.asid][0], entry.gfn + number)
 
+    def live_guests(self) -> int:
+        return len(self.firmware.contexts)
+
     def dma_allowed(self, block: Block, trusted: bool) -> bool:
         """An IOMMU leaf and the RMP must agree: a shared one shows pages of the host only, a private one pages in an
         entry of its own size (Q13)."""
@@ -90,6 +94,11 @@ class SnpGuest:
         self.context: Context | None = None
         self.ended = False
         self._key = platform.keys[asid][1]
+
+    @property
+    def launched(self) -> bool:
+        """Whether SNP_LAUNCH_FINISH was done: VMRUN wants a VMSA page, which firmware makes then."""
+        return self.context is not None and self.context.state is GuestState.RUNNING
 
     # Pages
 
@@ -213,12 +222,15 @@ class SnpGuest:
                 write_host(block.hva, before)
             raise
 
+    def corrects(self, kind: int) -> bool:
+        return kind == PageType.CPUID
+
     def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
         """VMSAs, in the order of the vCPUs, then SNP_LAUNCH_FINISH; the launch digest. Their pages are KVM's own."""
         context = self._launched("SNP_LAUNCH_FINISH")
         before = context.digest
         for state in vcpu_states:
-            context.digest = extend(context.digest, PageType.VMSA, VMSA_GPA, state)
+            context.digest = extend(context.digest, PageType.VMSA, VMSA_GPA, vmsa_page(state))
         status = self.platform.firmware.launch_finish(context)
         if status is not SevStatus.SUCCESS:
             context.digest = before

@@ -1,0 +1,106 @@
+"""Launch: a protected virtual machine's first bytes, and what firmware says that they are.
+
+    launch_start -> launch_update (populate, page by page) -> launch_finish -> vCPUs may run
+
+What SNP_LAUNCH_START, _UPDATE and _FINISH share with TDX's INIT_VM, INIT_MEM_REGION and FINALIZE_VM. The end of it
+reads the state of every vCPU, so none may run, be set or be half made meanwhile (S18).
+
+Source: arch/x86/kvm/svm/sev.c snp_launch_start, snp_launch_update, snp_launch_finish, snp_launch_update_vmsa;
+cb923ee6a80f (all vCPUs are locked), af44c79b31e4 (no vCPU in creation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import struct
+from contextlib import AbstractAsyncContextManager, nullcontext
+
+from guestmem.arch import Block, FirmwareError
+from guestmem.kvm.addresses import Gfn
+from guestmem.kvm.populate import populate
+from guestmem.kvm.vcpu import Vcpu
+from guestmem.kvm.vm import Kvm, PinnedPage
+from guestmem.memory import PAGE_SIZE, Page, read_host, write_host
+from guestmem.sched import AllOf
+from guestmem.trace import Refusal
+
+_REGISTERS = struct.Struct("<18Q")  # struct kvm_regs
+
+
+async def launch_start(kvm: Kvm, policy: int) -> None:
+    """The virtual machine gets a context in firmware. `policy` is the architecture's own.
+
+    Raises: Refusal EIO `ioctl.vm_dead`; EINVAL `launch.done`; EIO `launch.start`.
+    """
+    kvm.check_alive()
+    async with kvm.lock:
+        _check_launching(kvm)
+        try:
+            kvm.machine.architecture.start(policy)
+        except FirmwareError as error:
+            raise Refusal(errno.EIO, "launch.start", call=error.call, code=error.code) from error
+
+
+async def launch_update(kvm: Kvm, gfn: Gfn, source_hva: int | None, pages: int, kind: int = 0) -> int:
+    """Add and measure private pages; how many were done. Without a source: the bytes that they have, in place. `kind`
+    is the architecture's number of a page type. A source that firmware corrects is written to (SNP's CPUID page).
+
+    Raises: as populate; Refusal EINVAL `launch.done`; EIO `launch.update`, and the page is the host's again.
+    """
+    kvm.check_alive()
+    architecture = kvm.machine.architecture
+
+    async def add(gfn: Gfn, page: Page, source: PinnedPage | None) -> None:
+        contents = read_host(source.hva, PAGE_SIZE) if source is not None else None
+        try:
+            architecture.populate(gfn, Block(page.pfn, 0, page.hva), contents, kind)
+        except FirmwareError as error:
+            if error.corrected is not None and source is not None:
+                write_host(source.hva, error.corrected)
+            raise Refusal(errno.EIO, "launch.update", gfn=gfn, call=error.call, code=error.code) from error
+
+    async with kvm.lock:
+        _check_launching(kvm)
+        return await populate(kvm, gfn, source_hva, pages, add, corrects_source=architecture.corrects(kind))
+
+
+async def launch_finish(kvm: Kvm) -> bytes:
+    """The measurement; vCPUs may run from now on.
+
+    Raises: Refusal EIO `ioctl.vm_dead`; EINVAL `launch.done`; EBUSY `launch.vcpu_creation`; EINTR `launch.killed`; EIO
+    `launch.finish`, nothing changed.
+    """
+    kvm.check_alive()
+    async with kvm.lock:
+        _check_launching(kvm)
+        if kvm.created_vcpus != len(kvm.vcpus):
+            raise Refusal(errno.EBUSY, "launch.vcpu_creation", created=kvm.created_vcpus, online=len(kvm.vcpus))
+        async with all_vcpus(kvm):
+            kvm.finishing = kvm.scheduler.current
+            try:
+                states = [_state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)]
+                await kvm.scheduler.preempt("vCPU state read, launch not finished")
+                return kvm.machine.architecture.finalize(states)
+            except FirmwareError as error:
+                raise Refusal(errno.EIO, "launch.finish", call=error.call, code=error.code) from error
+            finally:
+                kvm.finishing = None
+
+
+def all_vcpus(kvm: Kvm) -> AbstractAsyncContextManager[None]:
+    """Every vcpu->mutex: nobody runs a vCPU or sets its registers. Source: kvm_lock_all_vcpus."""
+    mutexes = [vcpu.mutex for vcpu in kvm.vcpus.values()]
+    killed = Refusal(errno.EINTR, "launch.killed", vm=kvm.number)
+    if not mutexes:
+        return nullcontext()
+    return AllOf(kvm.scheduler, mutexes, f"every vcpu->mutex vm {kvm.number}", on_kill=killed)
+
+
+def _check_launching(kvm: Kvm) -> None:
+    if kvm.machine.architecture.launched:
+        raise Refusal(errno.EINVAL, "launch.done", vm=kvm.number)
+
+
+def _state(vcpu: Vcpu) -> bytes:
+    return _REGISTERS.pack(*dataclasses.astuple(vcpu.engine.get_regs()))

@@ -1,0 +1,46 @@
+"""A launch in a script: the blocking calls of `Vm.launch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+from guestmem.arch.snp.firmware import POLICY_RESERVED_1
+from guestmem.kvm.addresses import gfn_of
+from guestmem.kvm.launch import launch_finish, launch_start, launch_update
+from guestmem.kvm.vm import Kvm
+
+T = TypeVar("T")
+
+
+class Memory(Protocol):
+    """Host memory that bytes are taken from."""
+
+    @property
+    def hva(self) -> int: ...
+
+
+class LaunchHandle:
+    """The launch of one protected virtual machine."""
+
+    def __init__(self, run: Callable[[Coroutine[Any, Any, T], str], T], kvm: Kvm) -> None:
+        self._run: Any = run
+        self._kvm = kvm
+
+    def start(self, policy: int = POLICY_RESERVED_1) -> None:
+        """SNP_LAUNCH_START and its like. Raises: Refusal `launch.*`."""
+        self._run(launch_start(self._kvm, policy), "launch start")
+
+    def update(self, gpa: int, source: Memory | None = None, pages: int = 1, kind: int = 0) -> int:
+        """SNP_LAUNCH_UPDATE: add and measure private pages, in place without `source`; how many were done.
+
+        Raises: Refusal `launch.*`, `populate.*`.
+        """
+        hva = source.hva if source is not None else None
+        done: int = self._run(launch_update(self._kvm, gfn_of(gpa), hva, pages, kind), "launch update")
+        return done
+
+    def finish(self) -> bytes:
+        """SNP_LAUNCH_FINISH: the measurement. Raises: Refusal `launch.*`."""
+        digest: bytes = self._run(launch_finish(self._kvm), "launch finish")
+        return digest
