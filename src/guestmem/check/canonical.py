@@ -15,6 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from guestmem.arch.snp import SnpGuest, SnpPlatform
+from guestmem.arch.snp.firmware import Firmware
+from guestmem.arch.snp.rmp import Rmp
+from guestmem.arch.sw import SoftwareGuest
 from guestmem.check.arena import ARENA_SIZE
 from guestmem.check.invariants import snapshot
 from guestmem.cpu.engine import Translation
@@ -42,6 +46,7 @@ CONSTANTS: dict[type, frozenset[str]] = {
     AnonymousMemory: frozenset({"_new_backing", "_pool", "_scheduler", "pages"}),
     DmaDevice: frozenset({"_scheduler", "_tracer", "page_requests"}),
     Domain: frozenset({"_orders", "_scheduler", "_tracer", "access"}),
+    Firmware: frozenset({"_fails", "_limit", "_rmp"}),
     File: frozenset({"_release", "_release_takes", "_scheduler"}),
     Folios: frozenset({"_name", "_scheduler", "order", "source"}),
     HugePool: frozenset({"order", "pool", "vmemmap"}),
@@ -56,7 +61,11 @@ CONSTANTS: dict[type, frozenset[str]] = {
     PinnedPages: frozenset({"_pin_one", "writable"}),
     RefCount: frozenset({"_scheduler", "name"}),
     Registration: frozenset({"_users"}),
+    Rmp: frozenset({"_fails", "_pages", "large_order"}),
     RwLock: frozenset({"_scheduler", "exclusive", "lock_class", "name", "shared"}),
+    SnpGuest: frozenset({"_key"}),
+    SnpPlatform: frozenset({"guests_validate"}),
+    SoftwareGuest: frozenset({"has_tables"}),
     Splits: frozenset({"_parts", "orders", "whole"}),
     ScriptedEngine: frozenset({"_memory", "script"}),
     Stage2: frozenset({"_flush", "_tracer", "_vm", "check_access"}),

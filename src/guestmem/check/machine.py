@@ -297,6 +297,7 @@ class Machine(Host):
             (len(self.identities.live), "identities"),
             (sum(not kvm.destroyed for kvm in self.vms), "struct kvm"),
             (sum(not inode.destroyed for inode in self.inodes), "inodes"),
+            (sum(platform.live_guests() for platform in self.platforms.values()), "guest contexts in firmware"),
             (len(self.iommu.ioases), "IO address spaces"),
             (sum(device.attachment is not None for device in self.iommu.devices), "attached devices"),
         ):

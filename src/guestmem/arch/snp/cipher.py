@@ -22,6 +22,9 @@ class MemoryKey:
     def __init__(self, generation: int) -> None:
         self._key = hashlib.sha384(b"memory key %d" % generation).digest()[:_KEY_BYTES]
 
+    def __fingerprint__(self) -> None:
+        """As many keys as generations: the generation is state, what comes of it is not."""
+
     def encrypt(self, pfn: Pfn, plaintext: bytes) -> bytes:
         """What is in memory where the guest has `plaintext`; a page."""
         return self._cipher(pfn).encryptor().update(plaintext)
