@@ -58,7 +58,8 @@ class KvmGmemContext:
         if ranges:
             around = self.gfns_of(invalidation.hull) if invalidation.hull else ranges
             await self.kvm.stage2.begin(ranges, invalidation.accesses, around)
-            if Access.PRIVATE in invalidation.accesses and self.is_owners:
+            has_tables = self.kvm.machine.architecture.has_tables
+            if has_tables and Access.PRIVATE in invalidation.accesses and self.is_owners:
                 protection.invalidate(self, ranges, stop=invalidation.reason is Reason.CONVERT_TO_SHARED)
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:

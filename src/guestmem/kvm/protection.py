@@ -147,8 +147,6 @@ def invalidate(context: KvmGmemContext, ranges: list[Range[Gfn]], *, stop: bool)
     """Private leaves over these frames were zapped. A page that the architecture keeps is bad; with `stop` that is the
     end of it. Raises: UnmapFailed, with `stop`."""
     architecture = context.kvm.machine.architecture
-    if not architecture.has_tables:
-        return
     for gfns in ranges:
         start = gfns.start
         while start < gfns.end:

@@ -176,7 +176,7 @@ async def _retire(kvm: Kvm, slot: MemorySlot) -> None:
     await kvm.swap_memslots(kvm.memslots.replace(None, None))
     async with kvm.stage2.mmu_lock:
         kvm.stage2.zap(slot.gfns, BOTH)
-        if slot.context is not None and slot.context.is_owners:
+        if slot.context is not None and kvm.machine.architecture.has_tables and slot.context.is_owners:
             protection.invalidate(slot.context, [slot.gfns], stop=False)
 
 
