@@ -4,7 +4,7 @@ from guestmem.check.mutants import mutant
 from guestmem.memory import Access, Inode, Invalidation, PageRange
 from guestmem.memory.attributes import other
 from guestmem.memory.convert import REASON, check_all_unmapped, check_no_references, store
-from guestmem.memory.restructure import PreparedSplit
+from guestmem.memory.restructure import prepare_split, present_parts
 
 
 @mutant("B24", replaces="guestmem.memory.convert:convert_range", breaks={"S1"})
@@ -15,7 +15,9 @@ async def references_before_unmap(inode: Inode, pages: PageRange, to: Access) ->
             return
         if to is Access.PRIVATE:
             check_no_references(inode, pages)
-        async with inode.users.tell(Invalidation(pages, REASON[to], (other(to),))) as telling:
-            await telling.begin()
-            check_all_unmapped(inode, pages)
-            store(inode, pages, to, PreparedSplit(inode.folios, [], 0))
+        shared = present_parts(inode.folios, pages) if to is Access.SHARED else ()
+        with prepare_split(inode.scheduler, inode.folios, shared, pages.start) as split:
+            async with inode.users.tell(Invalidation(pages, REASON[to], (other(to),))) as telling:
+                await telling.begin()
+                check_all_unmapped(inode, pages)
+                store(inode, pages, to, split)

@@ -2,12 +2,18 @@
 
 from guestmem.check.mutants import mutant
 from guestmem.memory import Inode, PageRange, Pfn, Range
+from guestmem.memory.fill import fill
 from guestmem.trace import Refusal
+
+_fill = fill
 
 
 @mutant("B35", replaces="guestmem.memory.fill:fill", breaks={"S10", "S14", "S15"})
 async def allocation_error_as_folio(inode: Inode, pages: PageRange, populate: bool = False) -> None:
     """`if (!folio)` where the helper returns ERR_PTR."""
+    if inode.order:
+        await _fill(inode, pages, populate)
+        return
     while gap := next(inode.folios.absent(pages), None):
         try:
             if inode.scheduler.fails("folio: allocate"):

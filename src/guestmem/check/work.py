@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import time
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from guestmem.check import mutants
 from guestmem.check.choices import Schedule
@@ -22,8 +23,8 @@ from guestmem.check.scenario import Scenario, find
 from guestmem.check.strategies import STRATEGIES
 from guestmem.check.strategies.states import MAX_STATES, ROOT, Open, States
 
-QUICK = 64
-"""Executions of every scenario in the first round of a hunt: most mutants show in one of them."""
+QUICK = (4, 64, 512)
+"""Executions of every scenario in the first rounds of a hunt: most mutants show in one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,26 +142,38 @@ def run_shard(shard: Shard) -> Found:
 
 
 def hunt(mutant: str, scenarios: list[str], options: Options) -> Hunted:
-    """Run the scenarios against a mutant until one breaks: a little of each first, then all of each."""
+    """Run the scenarios against a mutant until one breaks: a little of each first, then more of each.
+
+    Those that were seen to reach the mutant's function come first. None is left out: that a function was not reached in
+    a few executions says nothing about the others.
+    """
     buggy = mutants.find(mutant)
+    calls = 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return buggy.function(*arguments, **named)
+
     began = time.perf_counter()
     executions = steps = 0
-    done: set[str] = set()
-    with buggy.installed():
-        for most in (QUICK, options.executions):
-            for name in scenarios:
-                if name in done:
-                    continue
+    left = list(scenarios)
+    reached: dict[str, bool] = dict.fromkeys(scenarios, False)
+    with dataclasses.replace(buggy, function=counted).installed():
+        for most in (*QUICK, options.executions):
+            for name in sorted(left, key=lambda name: not reached[name]):
+                before = calls
                 scenario = bounded(scenario_named(name), options)
                 result = explore(
                     scenario, STRATEGIES[options.strategy](scenario.preemptions, options.seed), Limits(most)
                 )
                 executions += result.executions
                 steps += result.steps
+                reached[name] |= calls > before
                 if result.verdict == VIOLATED and result.property != "sometimes":
                     return _caught(buggy, result, executions, steps, time.perf_counter() - began)
                 if not result.why:
-                    done.add(name)
+                    left.remove(name)
     seconds = time.perf_counter() - began
     return Hunted(buggy.name, buggy.bug, buggy.summary, False, executions=executions, steps=steps, seconds=seconds)
 
