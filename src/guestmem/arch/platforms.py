@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from guestmem.arch.architecture import Platform
+from guestmem.arch.cca import CcaPlatform
+from guestmem.arch.pkvm import PkvmPlatform
 from guestmem.arch.snp import SnpPlatform
 from guestmem.arch.sw import SoftwarePlatform
+from guestmem.arch.tdx import TdxPlatform
 from guestmem.uapi.kvm import VmType
 
 
@@ -20,4 +23,7 @@ def new_platforms(
         VmType.DEFAULT: SoftwarePlatform(has_private_memory=False),
         VmType.SW_PROTECTED: SoftwarePlatform(has_private_memory=True, scramble=scramble),
         VmType.SNP: SnpPlatform(pages, large_order=large_order, fails=fails),
+        VmType.TDX: TdxPlatform(fails=fails),
+        VmType.ARM_REALM: CcaPlatform(fails=fails),
+        VmType.ARM_PROTECTED: PkvmPlatform(fails=fails),
     }

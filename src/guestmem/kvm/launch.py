@@ -58,6 +58,8 @@ async def launch_update(kvm: Kvm, gfn: Gfn, source_hva: int | None, pages: int, 
         except FirmwareError as error:
             if error.corrected is not None and source is not None:
                 write_host(source.hva, error.corrected)
+            if "unmeasured" in error.facts:
+                kvm.dead = True  # the page was added: no guest may begin with it (known bug B50)
             raise Refusal(errno.EIO, "launch.update", gfn=gfn, call=error.call, code=error.code) from error
 
     async with kvm.lock:

@@ -145,3 +145,6 @@ class VmType(enum.IntEnum):
     DEFAULT = 0
     SW_PROTECTED = 1
     SNP = 4
+    TDX = 5
+    ARM_REALM = 1 << 8
+    ARM_PROTECTED = 1 << 31

@@ -1,0 +1,375 @@
+"""TDX as KVM sees it: one TD for each virtual machine, and the calls that each step of KVM needs, in their order.
+
+The Secure EPT is the page table and the ownership table in one: a page leaves the TD when its leaf is zapped, and its
+bytes with it. So an entry lasts as long as the leaf under every policy (Lifetime), and moving a memslot loses what was
+in it. Guest code here has no TDCALL: the guest is one that accepts each page when it first touches it, and finds zeros.
+
+Source: arch/x86/kvm/vmx/tdx.c tdx_td_init, tdx_sept_set_private_spte, tdx_sept_remove_private_spte,
+tdx_gmem_post_populate, tdx_mmu_release_hkid, tdx_vm_destroy; spec/semantics.md section 14.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+from guestmem.arch.architecture import Block, FirmwareError, Owner
+from guestmem.arch.tdx.lent_pages import LentPages
+from guestmem.arch.tdx.manage import TDCS_PAGES
+from guestmem.arch.tdx.memory_calls import MemoryCalls
+from guestmem.arch.tdx.pamt import PageType
+from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_ROOT, OpState, Sept, Td
+from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
+
+NOT_MEASURED = 1
+"""Kind of a page that is added and not measured: KVM_TDX_INIT_MEM_REGION without KVM_TDX_MEASURE_MEMORY_REGION."""
+_ZEROS = bytes(PAGE_SIZE)
+
+
+class TdxPlatform:
+    """A machine with the TDX module. `fails(name)` true makes the call of that name end busy."""
+
+    name = "TDX"
+    has_private_memory = True
+
+    def __init__(
+        self,
+        *,
+        hkids: int = 509,
+        packages: int = 1,
+        dynamic_pamt: bool = True,
+        fails: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.module = MemoryCalls(hkids=hkids, packages=packages, dynamic_pamt=dynamic_pamt, fails=fails)
+        self.lent = LentPages(self.module)
+        self.guests: dict[Pfn, TdxGuest] = {}
+
+    def new_guest(self, number: int, generation: int) -> TdxGuest:
+        return TdxGuest(self, number, generation)
+
+    def owner(self, pfn: Pfn) -> Owner | None:
+        found = self.module.pamt.find(pfn)
+        if found is None or found[1].type is not PageType.REG:
+            return None
+        start, entry = found
+        guest = self.guests[entry.owner]
+        return Owner(guest.number, guest.generation, guest.gfns[start] + pfn - start)
+
+    def owned(self) -> Iterable[tuple[Pfn, Owner]]:
+        for start, entry in self.module.pamt.entries.items():
+            if entry.type is PageType.REG:
+                guest = self.guests[entry.owner]
+                for number in range(1 << entry.order):
+                    yield Pfn(start + number), Owner(guest.number, guest.generation, guest.gfns[start] + number)
+
+    def live_guests(self) -> int:
+        return len(self.module.tds)
+
+    def dma_allowed(self, block: Block, trusted: bool) -> bool:
+        """A trusted device goes through the Secure EPT; another one poisons a TD's page by writing to it."""
+        pages = range(block.pfn, block.pfn + block.pages)
+        return all((self.owner(Pfn(pfn)) is not None) is trusted for pfn in pages)
+
+    def host_read(self, pfn: Pfn, hva: int) -> bytes:
+        """A TD's line read through another key is zeros. From memory: TDX base specification, memory integrity."""
+        return _ZEROS if self.owner(pfn) is not None else read_host(hva, PAGE_SIZE)
+
+
+class TdxGuest:
+    """A TD. It exists from `start` on; `number` is its HKID. `gfns` has where each leaf is, by its first page."""
+
+    has_tables = True
+
+    def __init__(self, platform: TdxPlatform, number: int, generation: int) -> None:
+        self.number = number
+        self.generation = generation
+        self.gfns: dict[Pfn, int] = {}
+        self.tdr = Pfn(0)
+        self._platform = platform
+        self._module = platform.module
+        self._lent = platform.lent
+
+    @property
+    def launched(self) -> bool:
+        td = self._module.tds.get(self.tdr)
+        return td is not None and td.op_state is OpState.RUNNABLE
+
+    @property
+    def td(self) -> Td:
+        """What the module knows of it, once it exists."""
+        return self._module.tds[self.tdr]
+
+    # Launch
+
+    def start(self, policy: int) -> None:
+        """KVM_TDX_INIT_VM: TDH.MNG.CREATE, KEY.CONFIG, ADDCX and INIT. What was begun is taken back if one fails."""
+        if self.tdr:
+            raise FirmwareError("KVM_TDX_INIT_VM", "TD_STATE_INITIALIZED", tdr=self.tdr)
+        module, lent = self._module, self._lent
+        tdr = lent.take()
+        try:
+            module.mng_create(tdr, self.number)
+        except FirmwareError:
+            lent.give_back(tdr)
+            raise
+        self.tdr = tdr
+        self._platform.guests[tdr] = self
+        try:
+            for package in module.packages:
+                module.mng_key_config(tdr, package)
+            for _ in range(TDCS_PAGES):
+                self._lend(lambda page: module.mng_addcx(tdr, page))
+            module.mng_init(tdr)
+        except FirmwareError:
+            self.teardown()
+            raise
+
+    def populate(self, gfn: int, block: Block, source: bytes | None, kind: int = 0) -> None:
+        """KVM_TDX_INIT_MEM_REGION for one page: TDH.MEM.PAGE.ADD, and TDH.MR.EXTEND sixteen times."""
+        self._add_tables(gfn, 0)
+        self._lent.cover(block.pfn)
+        try:
+            self._module.mem_page_add(self.tdr, gfn, block.pfn, block.hva, source)
+        except FirmwareError:
+            self._lent.uncover(block.pfn)
+            raise
+        self.gfns[block.pfn] = gfn
+        if kind != NOT_MEASURED:
+            self._measure(gfn)
+
+    def _measure(self, gfn: int) -> None:
+        """Raises: FirmwareError with the fact `unmeasured`: the page was added, and its bytes are not in MRTD."""
+        for gpa in range(gfn * PAGE_SIZE, (gfn + 1) * PAGE_SIZE, 256):
+            try:
+                self._module.mr_extend(self.tdr, gpa)
+            except FirmwareError as error:
+                error.facts["unmeasured"] = True
+                raise
+
+    def corrects(self, kind: int) -> bool:
+        return False
+
+    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
+        """KVM_TDX_INIT_VCPU for each, then KVM_TDX_FINALIZE_VM. What registers hold is not part of MRTD."""
+        td = self._module.tds.get(self.tdr)
+        present = len(td.vcpus) if td is not None else 0
+        for cpu, _ in enumerate(vcpu_states):
+            if cpu >= present:
+                self._add_vcpu(cpu)
+        return self._module.mr_finalize(self.tdr)
+
+    def _add_vcpu(self, cpu: int) -> None:
+        def create(page: Pfn) -> None:
+            self._module.vp_create(self.tdr, page)
+            self._module.vp_init(self.tdr, page, cpu)
+
+        self._lend(create)
+
+    # Pages
+
+    def leaf_order(self, gfn: int, block: Block) -> int:
+        """4K where a table is in the way or part of the block is a TD's: KVM does not promote by itself."""
+        td = self._module.tds.get(self.tdr)
+        if td is None or block.order == 0:
+            return 0
+        found = td.sept.leaf(gfn)
+        if found is not None:
+            return min(9 * found[0], block.order)
+        table = td.sept.get(gfn, LEVEL_2M)
+        pamt = self._module.pamt
+        region = block.pfn + (gfn % block.pages) >> 9
+        in_use = table is not None or pamt.used(region) or region in pamt.pairs
+        return 0 if in_use or block.order < 9 or td.op_state is not OpState.RUNNABLE else 9
+
+    def make_private(self, gfn: int, block: Block) -> None:
+        """TDH.MEM.PAGE.AUG with the tables that it needs, and the guest's TDG.MEM.PAGE.ACCEPT."""
+        td = self._module.tds.get(self.tdr)
+        found = td.sept.leaf(gfn) if td is not None else None
+        if found is not None:
+            level, entry = found
+            if entry.state is Sept.MAPPED and entry.pfn + gfn % (1 << 9 * level) == block.pfn:
+                return
+        level = block.order // 9
+        self._add_tables(gfn, level)
+        if not level:
+            self._lent.cover(block.pfn)
+        try:
+            self._module.mem_page_aug(self.tdr, gfn, level, block.pfn, block.hva)
+        except FirmwareError:
+            self._lent.uncover(block.pfn)
+            raise
+        self.gfns[block.pfn] = gfn
+        self._module.page_accept(self.tdr, gfn, level)
+
+    def make_shared(self, block: Block) -> None:
+        """Nothing, after the zap; pages that no leaf of KVM's ever showed are removed now."""
+        for pfn in range(block.pfn, block.pfn + block.pages):
+            owner = self._platform.owner(Pfn(pfn))
+            if owner is None:
+                continue
+            if owner.generation != self.generation or owner.gfn is None:
+                raise FirmwareError("TDH.MEM.PAGE.REMOVE", "TDX_PAGE_NOT_OWNED_BY_TD", pfn=pfn)
+            self.invalidate(owner.gfn, 1)
+
+    def reclaim(self, block: Block) -> None:
+        self.make_shared(block)
+
+    def invalidate(self, gfn: int, pages: int) -> None:
+        """TDH.MEM.RANGE.BLOCK of each leaf, one TDH.MEM.TRACK, TDH.MEM.PAGE.REMOVE of each. A leaf that sticks out is
+        demoted first. A leaf whose removal fails stays blocked, and its page the TD's; the others go."""
+        failed: FirmwareError | None = None
+        leaves = list(self._leaves(gfn, pages))
+        for at, level in leaves:
+            if level and not gfn <= at <= at + (1 << 9 * level) <= gfn + pages:
+                self.split(at, 9 * level)
+                self.invalidate(max(at, gfn), min(at + (1 << 9 * level), gfn + pages) - max(at, gfn))
+                continue
+            try:
+                self._remove(at, level)
+            except FirmwareError as error:
+                error.facts.setdefault("gfn", at)
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def split(self, gfn: int, order: int) -> None:
+        """TDH.MEM.PAGE.DEMOTE of the blocked and tracked leaf."""
+        level = order // 9
+        self._block(gfn, level)
+        pair = self._lent.pair() if level == LEVEL_2M else None
+        page = self._lent.take()
+        entry = self._module.tds[self.tdr].sept.get(gfn, level)
+        try:
+            self._module.mem_page_demote(self.tdr, gfn, level, page, pair)
+        except FirmwareError:
+            self._lent.give_back(page)
+            self._lent.take_back(pair)
+            raise
+        assert entry is not None
+        del self.gfns[entry.pfn]
+        for part in range(512):
+            step = part << order - 9
+            self.gfns[Pfn(entry.pfn + step)] = gfn + step
+
+    def merge(self, gfn: int, order: int) -> None:
+        """TDH.MEM.PAGE.PROMOTE of the blocked and tracked table."""
+        level = order // 9
+        parts = self._module.tds[self.tdr].sept.children(gfn, level)
+        self._block(gfn, level)
+        try:
+            page, pair = self._module.mem_page_promote(self.tdr, gfn, level)
+        except FirmwareError:
+            self._module.mem_range_unblock(self.tdr, gfn, level)
+            raise
+        self._lent.give_back(page)
+        self._lent.take_back(pair)
+        for part in parts.values():
+            del self.gfns[part.pfn]
+        self.gfns[parts[min(parts)].pfn] = gfn
+
+    def check_access(self, gfn: int, pfn: Pfn, order: int, write: bool) -> bool:
+        td = self._module.tds.get(self.tdr)
+        found = td.sept.leaf(gfn) if td is not None else None
+        if found is None:
+            return False
+        level, entry = found
+        self._module.td_read(self.tdr, gfn)
+        return entry.state is Sept.MAPPED and entry.pfn + gfn % (1 << 9 * level) == pfn
+
+    # The end
+
+    def teardown(self) -> bool:
+        """tdx_mmu_release_hkid, then TDH.PHYMEM.PAGE.RECLAIM of everything. If a call fails, the HKID and what is
+        still the TD's are never used again."""
+        module = self._module
+        td = module.tds.get(self.tdr)
+        if td is None:
+            return True
+        try:
+            for vcpu in td.vcpus.values():
+                if vcpu.cpu is not None:
+                    module.vp_flush(td.tdr, vcpu.tdvpr, vcpu.cpu)
+            module.mng_vpflushdone(td.tdr)
+            for package in module.packages:
+                module.phymem_cache_wb(package)
+            module.mng_key_freeid(td.tdr)
+            self._reclaim_all()
+        except FirmwareError:
+            return False
+        return True
+
+    def _reclaim_all(self) -> None:
+        module = self._module
+        td = module.tds[self.tdr]
+        for level in td.sept.levels:
+            for entry in level.values():
+                self._reclaim_page(entry.pfn, entry.hva)
+        for page in [*td.tdcx, *td.vcpus]:
+            self._reclaim_page(page)
+        self._reclaim_page(td.tdr)
+        del self._platform.guests[td.tdr]
+        self.gfns.clear()
+        self.tdr = Pfn(0)
+
+    def _reclaim_page(self, pfn: Pfn, hva: int = 0) -> None:
+        order = self._module.pamt.entries[pfn].order
+        if self._module.phymem_page_reclaim(pfn) is PageType.REG:
+            write_host(hva, bytes(PAGE_SIZE << order))
+            self._lent.uncover(pfn)
+        else:
+            self._lent.give_back(pfn)
+
+    # Parts
+
+    def _lend(self, call: Callable[[Pfn], object]) -> None:
+        """Lend the module a page for `call`; it comes back if the call refuses it."""
+        page = self._lent.take()
+        try:
+            call(page)
+        except FirmwareError:
+            if self._module.pamt.find(page) is None:
+                self._lent.give_back(page)
+            raise
+
+    def _add_tables(self, gfn: int, level: int) -> None:
+        """TDH.MEM.SEPT.ADD for each table missing above an entry of `level`."""
+        td = self._module.tds.get(self.tdr)
+        for above in range(LEVEL_ROOT, level, -1):
+            if td is not None and td.sept.get(gfn, above) is None:
+                start = gfn >> 9 * above << 9 * above
+                self._lend(functools.partial(self._add_table, start, above))
+
+    def _add_table(self, gfn: int, level: int, page: Pfn) -> None:
+        self._module.mem_sept_add(self.tdr, gfn, level, page)
+
+    def _leaves(self, gfn: int, pages: int) -> Iterable[tuple[int, int]]:
+        """The leaves over some frames: first frame and level. Looks at the fewer: frames, or what the TD has."""
+        td = self._module.tds.get(self.tdr)
+        if td is None:
+            return
+        for level in range(LEVEL_ROOT):
+            first, last = gfn >> 9 * level, gfn + pages - 1 >> 9 * level
+            entries = td.sept.levels[level]
+            few = range(first, last + 1) if last - first < len(entries) else sorted(entries)
+            for index in few:
+                entry = entries.get(index)
+                if entry is not None and first <= index <= last and entry.state.leaf:
+                    yield index << 9 * level, level
+
+    def _block(self, gfn: int, level: int) -> None:
+        """Block and track an entry, if vCPUs may run."""
+        td = self._module.tds[self.tdr]
+        entry = td.sept.get(gfn, level)
+        if td.op_state is OpState.RUNNABLE and (entry is None or not entry.state.blocked):
+            self._module.mem_range_block(self.tdr, gfn, level)
+        if td.op_state is OpState.RUNNABLE:
+            self._module.mem_track(self.tdr)
+
+    def _remove(self, gfn: int, level: int) -> None:
+        entry = self._module.tds[self.tdr].sept.get(gfn, level)
+        assert entry is not None
+        self._block(gfn, level)
+        self._module.mem_page_remove(self.tdr, gfn, level)
+        write_host(entry.hva, bytes(PAGE_SIZE << 9 * level))  # tdx_quirk_reset_page: written whole, with key 0
+        del self.gfns[entry.pfn]
+        self._lent.uncover(entry.pfn)

@@ -1,0 +1,68 @@
+"""Completion status of the TDX module's calls: bits 63:32 say what happened, bits 31:0 often which operand was wrong.
+
+Source: TDX module ABI specification, "Function Completion Status Codes"; intel/tdx-module api_error.h.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from guestmem.arch.architecture import FirmwareError
+
+
+class Status(enum.IntEnum):
+    """Bits 63:32. Set bit 63: an error; bit 62 as well: one that does not go away by itself."""
+
+    SUCCESS = 0
+    OPERAND_INVALID = 0xC0000100
+    OPERAND_BUSY = 0x80000200
+    PREVIOUS_TLB_EPOCH_BUSY = 0x80000201
+    PAGE_METADATA_INCORRECT = 0xC0000300
+    PAGE_NOT_FREE = 0xC0000303
+    HPA_RANGE_NOT_FREE = 0xC0000304
+    MISSING_PAMT_PAGE_PAIR = 0xC00003FF  # the name is the module's, the number ours: no public text gives it
+    TD_ASSOCIATED_PAGES_EXIST = 0xC0000400
+    LIFECYCLE_STATE_INCORRECT = 0xC0000607
+    OP_STATE_INCORRECT = 0xC0000608
+    NO_VCPUS = 0xC0000609
+    TDCX_NUM_INCORRECT = 0xC0000610
+    VCPU_STATE_INCORRECT = 0xC0000700
+    VCPU_ASSOCIATED = 0x80000701
+    VCPU_NOT_ASSOCIATED = 0x80000702
+    TD_KEYS_NOT_CONFIGURED = 0x80000810
+    KEY_CONFIGURED = 0x00000815
+    WBCACHE_NOT_COMPLETE = 0x80000817
+    HKID_NOT_FREE = 0xC0000820
+    NO_HKID_READY_TO_WBCACHE = 0x00000821
+    FLUSHVP_NOT_DONE = 0x80000824
+    EPT_WALK_FAILED = 0xC0000B00
+    EPT_ENTRY_NOT_PRESENT = 0xC0000B03
+    GPA_RANGE_NOT_BLOCKED = 0xC0000B06
+    GPA_RANGE_ALREADY_BLOCKED = 0x00000B07
+    TLB_TRACKING_NOT_DONE = 0xC0000B08
+    EPT_INVALID_PROMOTE_CONDITIONS = 0xC0000B09
+    PAGE_ALREADY_ACCEPTED = 0x00000B0A
+    PAGE_SIZE_MISMATCH = 0xC0000B0B
+    EPT_ENTRY_STATE_INCORRECT = 0xC0000B0D
+    EPT_PAGE_NOT_FREE = 0xC0000B0E
+
+
+class Operand(enum.IntEnum):
+    """Bits 31:0: the register or object that is at fault."""
+
+    NONE = -1
+    RCX = 1
+    RDX = 2
+    R8 = 8
+    TDR = 128
+    TD_EPOCH = 169
+    KOT = 186
+
+
+class TdxError(FirmwareError):
+    """A call of the module that did not succeed, and changed nothing. `status` is all of RAX."""
+
+    def __init__(self, call: str, status: Status, operand: Operand = Operand.NONE, **facts: object) -> None:
+        self.status = status << 32 | max(operand, 0)
+        code = f"TDX_{status.name}" + (f"|{operand.name}" if operand is not Operand.NONE else "")
+        super().__init__(call, code, None, **facts)

@@ -1,0 +1,18 @@
+"""B49, 15945e9ec195: a TD changes its state while a vCPU is run or made."""
+
+from guestmem.check.mutants import mutant
+from guestmem.kvm.launch import _state
+from guestmem.kvm.vm import Kvm
+
+
+@mutant("B49", replaces="guestmem.kvm.launch:launch_finish", breaks={"S18", "S12"})
+async def finalized_under_slots_lock(kvm: Kvm) -> bytes:
+    """Only slots_lock is taken."""
+    async with kvm.slots_lock:
+        kvm.finishing = kvm.scheduler.current
+        try:
+            states = [_state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)]
+            await kvm.scheduler.preempt("vCPU state read, launch not finished")
+            return kvm.machine.architecture.finalize(states)
+        finally:
+            kvm.finishing = None
