@@ -14,7 +14,5 @@ NOT_COVERED = {
     "B41": "SNP",
     "B44": "SNP",
     "B45": "SNP",
-    "B49": "TDX",
-    "B50": "TDX",
     "B68b": "a VMM's bug: nobody forbids a discard here",
 }
