@@ -14,7 +14,14 @@ from guestmem.sched import LockClass
 from guestmem.uapi.levels import LEVELS
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ["README.md", "docs/tutorial.md", "docs/how-to.md", "docs/iommu/how-to.md", "docs/link/how-to.md"]
+PAGES = [
+    "README.md",
+    "docs/tutorial.md",
+    "docs/how-to.md",
+    "docs/arch/explanation.md",
+    "docs/iommu/how-to.md",
+    "docs/link/how-to.md",
+]
 BLOCKS = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<output>.*?)```\n)?", re.DOTALL)
 
 
