@@ -1,18 +1,26 @@
 """B49, 15945e9ec195: a TD changes its state while a vCPU is run or made."""
 
+import errno
+
+from guestmem.arch import FirmwareError
 from guestmem.check.mutants import mutant
-from guestmem.kvm.launch import _state
+from guestmem.kvm.launch import _check_launching, _state
 from guestmem.kvm.vm import Kvm
+from guestmem.trace import Refusal
 
 
 @mutant("B49", replaces="guestmem.kvm.launch:launch_finish", breaks={"S18", "S12"})
 async def finalized_under_slots_lock(kvm: Kvm) -> bytes:
     """Only slots_lock is taken."""
+    kvm.check_alive()
     async with kvm.slots_lock:
+        _check_launching(kvm)
         kvm.finishing = kvm.scheduler.current
         try:
             states = [_state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)]
             await kvm.scheduler.preempt("vCPU state read, launch not finished")
             return kvm.machine.architecture.finalize(states)
+        except FirmwareError as error:
+            raise Refusal(errno.EIO, "launch.finish", call=error.call, code=error.code) from error
         finally:
             kvm.finishing = None
