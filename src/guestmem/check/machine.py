@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from guestmem.check.arena import Arena
 from guestmem.check.canonical import FINGERPRINT
 from guestmem.check.ghost import Ghost, GhostPool
-from guestmem.check.invariants import Violation, check_all, snapshot
+from guestmem.check.invariants import PROPERTIES, Violation, check_all, snapshot
 from guestmem.cpu.engine import Engine, GuestMemory
 from guestmem.cpu.scripted import Load, ScriptedEngine, Store
 from guestmem.host import Gmem, Host, Vm
@@ -303,6 +303,9 @@ class Machine(Host):
         ):
             if left:
                 raise Violation("L3", f"{left} {what} left after the last close")
+        for name in ("S8", "S10"):  # identities are recycled, and the last pages freed, only now
+            for facts in PROPERTIES[name].broken(self):
+                raise Violation(name, facts)
 
     def forget(self) -> None:
         """The execution is over, wherever it stands: close what is suspended and give the memory back."""
