@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pytest
 
 from guestmem.memory import (
+    ORDER_1G,
     PAGE_SIZE,
     Abilities,
     Access,
@@ -71,7 +72,7 @@ class Provider:
         huge_pages = hugepages if hugepages is not None else pages >> order
         self.hugetlb = Hugetlb(self.pool, {order: huge_pages} if order else {})
         source = self.hugetlb.subpool(order, pages >> order) if order else self.pool
-        self.backing = MemfdBacking(pages, "test", junk=True)
+        self.backing = MemfdBacking(pages, "test", junk=order < ORDER_1G)  # junk in gigabytes takes seconds
         self.inode = Inode(
             self.scheduler,
             self.tracer,

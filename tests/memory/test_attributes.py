@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestmem.memory.attributes import REGION, Attributes, other
@@ -36,6 +36,7 @@ def test_attributes_are_a_list_of_accesses(birth: Access, count: int, data: st.D
         assert attributes.is_all(Range(start, end), access) == (set(reference[start:end]) == {access})
 
 
+@settings(max_examples=40, deadline=None)
 @given(accesses, st.data())
 def test_regions_of_sixteen_terabytes_are_seamless(birth: Access, data: st.DataObject) -> None:
     """The same in blocks around the borders of regions, where wholly changed regions are kept as one bit."""
