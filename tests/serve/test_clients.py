@@ -23,6 +23,7 @@ OURS = (
     ("machine", "future"),
     ("borders", "future"),
     ("links", "future"),
+    ("snp", "future"),
     ("preserved", "future"),
 )
 

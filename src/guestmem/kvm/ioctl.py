@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeAlias
 
 from guestmem.kvm.context import KvmGmemContext
+from guestmem.kvm.encrypt_op import memory_encrypt_op
 from guestmem.kvm.gmem import (
     create_guest_memfd,
     gmem_convert,
@@ -189,10 +190,16 @@ _GMEM_CONVERT = {uapi.KVM_GMEM_CONVERT_SHARED: Access.SHARED, uapi.KVM_GMEM_CONV
 
 VmIoctl: TypeAlias = Callable[[Caller, Kvm, int], Awaitable[int]]
 
+
+async def _memory_encrypt_op(caller: Caller, kvm: Kvm, argument: int) -> int:
+    return await memory_encrypt_op(kvm, caller.mm, argument)
+
+
 VM_IOCTLS: dict[int, VmIoctl] = {
     uapi.KVM_SET_USER_MEMORY_REGION: _set_region,
     uapi.KVM_SET_USER_MEMORY_REGION2: _set_region2,
     uapi.KVM_SET_MEMORY_ATTRIBUTES: _set_attributes,
     uapi.KVM_CREATE_GUEST_MEMFD: _create_guest_memfd,
     uapi.KVM_LINK_GUEST_MEMFD: _link_guest_memfd,
+    uapi.KVM_MEMORY_ENCRYPT_OP: _memory_encrypt_op,
 }

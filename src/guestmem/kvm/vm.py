@@ -137,6 +137,7 @@ class Kvm:
         self.created_vcpus = 0  # and those that are being made
         self.dead = False
         self.entered = False  # a vCPU has run
+        self.encryption_initialised = False  # KVM_SEV_INIT2
         self.finishing: Task[Any] | None = None  # who ends the launch
         self.migration_in_progress = False
         self.preserved = False  # for a live update: the identity stays where it is

@@ -65,7 +65,8 @@ _CONSTANT = {
 
 def vm_types(level: AbiLevel) -> int:
     """KVM_CAP_VM_TYPES: a bit for each type."""
-    return 1 << VmType.DEFAULT | 1 << VmType.SW_PROTECTED
+    types = 1 << VmType.DEFAULT | 1 << VmType.SW_PROTECTED
+    return types | 1 << VmType.SNP if level.in_place else types
 
 
 def check_extension(level: AbiLevel, kvm: Kvm | None, number: int) -> int:

@@ -40,6 +40,7 @@ _RETRIEVE = "LIVEUPDATE_SESSION_RETRIEVE_FD"
 _IN_PLACE = "v7.4 future"
 _FUTURE = "future"
 _CONVERT = "KVM_GMEM_CONVERT_SHARED"
+_ENCRYPT_OP = "KVM_MEMORY_ENCRYPT_OP"
 _IOMMU = "/dev/iommu"
 _IOMMU_MAP = "IOMMU_IOAS_MAP"
 _VFIO = "VFIO device"
@@ -350,6 +351,9 @@ _TABLE = (
         "arch.guest_access", ("EFAULT",), "KVM_RUN", 8, "the page is not the guest's at this address", "APM 2, 15.36.10"
     ),
     Rule("run.not_launched", ("EINVAL",), "KVM_RUN", 9, "the guest's launch is not finished", "pre_sev_run [M]"),
+    Rule("encrypt_op.command", ("EINVAL",), _ENCRYPT_OP, 1, "no such command for this VM", "sev_mem_enc_ioctl [M]"),
+    Rule("encrypt_op.order", ("EINVAL",), _ENCRYPT_OP, 2, "KVM_SEV_INIT2 comes first, once", "sev_guest_init2 [M]"),
+    Rule("encrypt_op.argument", ("EINVAL",), _ENCRYPT_OP, 3, "a field has no such value", "snp_launch_update [M]"),
     Rule("launch.done", ("EINVAL",), "launch", 1, "the guest is launched already, or needs no launch", "sev.c [M]"),
     Rule("launch.start", ("EIO",), "launch", 2, "firmware refused to begin", "snp_launch_start [M]"),
     Rule("launch.update", ("EIO",), "launch", 3, "firmware refused a page", "sev_gmem_post_populate [M]"),
