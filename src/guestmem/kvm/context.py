@@ -132,17 +132,17 @@ class KvmGmemContext:
         """The slot is going: take it out of the bindings. slots_lock held.
 
         A file that is dying is no reason to do nothing: its release may only run after the slot was freed, and would
-        write to it (known bug B01). Nor is the lock needed then, as release cannot get past slots_lock.
+        write to it (known bug B01). The lock is needed then too, unlike in the kernel: another view of the memory may
+        have opened a window here, and its end must find what its begin found (S4). The inode is there, as release
+        cannot get past slots_lock.
 
         Returns the file if a reference was taken; the caller puts it once it holds no lock.
         Source: kvm_gmem_unbind; ae431059e75d.
         """
-        if not self.file.get_unless_dying():
-            self._erase(slot)
-            return None
+        held = self.file.get_unless_dying()
         async with self.inode.invalidate_lock.exclusive:
             self._erase(slot)
-        return self.file
+        return self.file if held else None
 
     async def release(self) -> None:
         """The file's last reference is gone: no slot may find it any more, no mapping of it may stay.
