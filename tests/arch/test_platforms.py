@@ -306,3 +306,16 @@ def test_mrtd() -> None:
     assert isinstance(guest, TdxGuest)
     assert guest.td.mrtd is not None
     assert len(guest.td.mrtd) == 48
+
+
+def test_a_granule_that_stays_delegated_keeps_the_realms_number() -> None:
+    failing = Failing()
+    platform, pages = CcaPlatform(fails=failing), Pages(1)
+    guest = _launched(platform)
+    guest.make_private(GFN, pages.block())
+    failing.name = "RMI_GRANULE_UNDELEGATE"
+    with pytest.raises(FirmwareError):
+        guest.invalidate(GFN, 1)
+    failing.name = ""
+    assert platform.owner(pages.block().pfn) == (1, 101, None)
+    assert not guest.teardown()

@@ -277,7 +277,7 @@ class CcaGuest:
         except FirmwareError:
             return False
         self.rd = Pfn(0)
-        return True
+        return not any(guest is self for guest, _ in self._platform.data.values())
 
     # Parts
 
