@@ -24,6 +24,7 @@ OURS = (
     ("borders", "future"),
     ("links", "future"),
     ("snp", "future"),
+    ("tdx", "future"),
     ("preserved", "future"),
 )
 

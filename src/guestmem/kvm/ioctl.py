@@ -12,10 +12,10 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from guestmem.kvm.context import KvmGmemContext
-from guestmem.kvm.encrypt_op import memory_encrypt_op
 from guestmem.kvm.gmem import (
     create_guest_memfd,
     gmem_convert,
@@ -26,12 +26,15 @@ from guestmem.kvm.gmem import (
 from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.set_region import set_user_memory_region2
+from guestmem.kvm.snp_op import snp_op
+from guestmem.kvm.tdx_op import tdx_op
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import HostAddressSpace, Kvm
 from guestmem.kvm.vm_attributes import set_memory_attributes
 from guestmem.memory import Access, File
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
+from guestmem.uapi.kvm import VmType
 from guestmem.uapi.structs import (
     CreateGuestMemfd,
     GmemConvert,
@@ -99,6 +102,8 @@ async def _dispatch(caller: Caller, file: OpenFile, request: int, argument: int)
         return await handler(caller, file, argument)
     if isinstance(file, Vcpu):
         _check_caller(caller, file.kvm)
+        if request == uapi.KVM_MEMORY_ENCRYPT_OP:
+            return await encrypt_vcpu(caller, file, argument)
         if request != uapi.KVM_PRE_FAULT_MEMORY:
             raise Refusal(errno.EINVAL, "ioctl.unknown", request=request, on="vCPU")
         return await pre_fault(caller, file, argument)
@@ -192,8 +197,23 @@ VmIoctl: TypeAlias = Callable[[Caller, Kvm, int], Awaitable[int]]
 
 
 async def _memory_encrypt_op(caller: Caller, kvm: Kvm, argument: int) -> int:
-    return await memory_encrypt_op(kvm, caller.mm, argument)
+    op = _ENCRYPT_OPS.get(kvm.vm_type)
+    if op is None:
+        raise Refusal(errno.ENOTTY, "ioctl.unknown", request=uapi.KVM_MEMORY_ENCRYPT_OP, on="VM")
+    return await op(kvm, caller.mm, argument)
 
+
+async def encrypt_vcpu(caller: Caller, vcpu: Vcpu, argument: int) -> int:
+    """KVM_MEMORY_ENCRYPT_OP on a vCPU: only TDX has that. Source: kvm_arch_vcpu_ioctl, vcpu_mem_enc_ioctl."""
+    op = _VCPU_ENCRYPT_OPS.get(vcpu.kvm.vm_type)
+    if op is None:
+        raise Refusal(errno.ENOTTY, "ioctl.unknown", request=uapi.KVM_MEMORY_ENCRYPT_OP, on="vCPU")
+    return await op(vcpu.kvm, caller.mm, argument)
+
+
+_EncryptOp: TypeAlias = Callable[[Kvm, HostAddressSpace, int], Awaitable[int]]
+_ENCRYPT_OPS: dict[VmType, _EncryptOp] = {VmType.SNP: snp_op, VmType.TDX: partial(tdx_op, on_vcpu=False)}
+_VCPU_ENCRYPT_OPS: dict[VmType, _EncryptOp] = {VmType.TDX: partial(tdx_op, on_vcpu=True)}
 
 VM_IOCTLS: dict[int, VmIoctl] = {
     uapi.KVM_SET_USER_MEMORY_REGION: _set_region,

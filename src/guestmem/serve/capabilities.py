@@ -66,7 +66,7 @@ _CONSTANT = {
 def vm_types(level: AbiLevel) -> int:
     """KVM_CAP_VM_TYPES: a bit for each type."""
     types = 1 << VmType.DEFAULT | 1 << VmType.SW_PROTECTED
-    return types | 1 << VmType.SNP if level.in_place else types
+    return types | 1 << VmType.SNP | 1 << VmType.TDX if level.in_place else types
 
 
 def check_extension(level: AbiLevel, kvm: Kvm | None, number: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.exits import MemoryFaultExit
-from guestmem.kvm.ioctl import pre_fault
+from guestmem.kvm.ioctl import encrypt_vcpu, pre_fault
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.serve import vcpu_state
 from guestmem.serve.call import Call, CallFiles, KvmCaller
@@ -179,6 +179,10 @@ async def _pre_fault(call: Call, argument: int) -> int:
     return await pre_fault(KvmCaller(call.client.memory, CallFiles(call)), _file(call).vcpu, argument)
 
 
+async def _encrypt(call: Call, argument: int) -> int:
+    return await encrypt_vcpu(KvmCaller(call.client.memory, CallFiles(call)), _file(call).vcpu, argument)
+
+
 async def _get_tsc_khz(call: Call, argument: int) -> int:
     return TSC_KHZ
 
@@ -226,6 +230,7 @@ TABLE = {
     uapi.KVM_INTERRUPT: _interrupt,
     uapi.KVM_NMI: _nmi,
     uapi.KVM_PRE_FAULT_MEMORY: _pre_fault,
+    uapi.KVM_MEMORY_ENCRYPT_OP: _encrypt,
     uapi.KVM_SET_SIGNAL_MASK: _accept,
     uapi.KVM_KVMCLOCK_CTRL: _accept,
     uapi.KVM_SET_TSC_KHZ: _accept,

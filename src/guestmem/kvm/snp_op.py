@@ -1,4 +1,4 @@
-"""KVM_MEMORY_ENCRYPT_OP: a launch as a client asks for it. One ioctl, a command number inside, by type of VM.
+"""KVM_MEMORY_ENCRYPT_OP on an SNP VM: a launch as a client asks for it.
 
 Memory is filled in place (a source address of zero: the bytes that were written while the pages were shared) or from
 the client's. What firmware said comes back in the command's `error`.
@@ -20,7 +20,7 @@ from guestmem.kvm.launch import launch_finish, launch_start, launch_update
 from guestmem.kvm.vm import HostAddressSpace, Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE
 from guestmem.trace import Refusal
-from guestmem.uapi.kvm import KVM_SEV_INIT2, VmType
+from guestmem.uapi.kvm import KVM_SEV_INIT2
 from guestmem.uapi.kvm import KVM_SEV_SNP_LAUNCH_FINISH as LAUNCH_FINISH
 from guestmem.uapi.kvm import KVM_SEV_SNP_LAUNCH_START as LAUNCH_START
 from guestmem.uapi.kvm import KVM_SEV_SNP_LAUNCH_UPDATE as LAUNCH_UPDATE
@@ -35,21 +35,17 @@ _FINISH = struct.Struct("<QQBBB32s3sH4x4Q")  # struct kvm_sev_snp_launch_finish
 _Command = Callable[[Kvm, HostAddressSpace, int], Awaitable[None]]
 
 
-async def memory_encrypt_op(kvm: Kvm, mm: HostAddressSpace, argument: int) -> int:
+async def snp_op(kvm: Kvm, mm: HostAddressSpace, argument: int) -> int:
     """Do the command at a user address.
 
-    Raises: Refusal ENOTTY `ioctl.unknown` for VMs without such commands; EINVAL `encrypt_op.command`,
-    `encrypt_op.order`, `encrypt_op.argument`; EFAULT; as `launch`.
+    Raises: Refusal EINVAL `snp_op.command`, `snp_op.order`, `snp_op.argument`; EFAULT; as `launch`.
     """
-    commands = _COMMANDS.get(kvm.vm_type)
-    if commands is None:
-        raise Refusal(errno.ENOTTY, "ioctl.unknown", on="VM", vm_type=kvm.vm_type.name)
     number, _, data, _, _ = _COMMAND.unpack(await mm.copy_from_user(argument, _COMMAND.size))
-    command = commands.get(number)
+    command = _COMMANDS.get(number)
     if command is None:
-        raise Refusal(errno.EINVAL, "encrypt_op.command", command=number)
+        raise Refusal(errno.EINVAL, "snp_op.command", command=number)
     if (number == KVM_SEV_INIT2) is kvm.encryption_initialised:
-        raise Refusal(errno.EINVAL, "encrypt_op.order", command=number, initialised=kvm.encryption_initialised)
+        raise Refusal(errno.EINVAL, "snp_op.order", command=number, initialised=kvm.encryption_initialised)
     try:
         await command(kvm, mm, data)
     except Refusal as refusal:
@@ -62,14 +58,14 @@ async def memory_encrypt_op(kvm: Kvm, mm: HostAddressSpace, argument: int) -> in
 async def _init2(kvm: Kvm, mm: HostAddressSpace, data: int) -> None:
     """No VMSA features are offered. Source: sev_guest_init2."""
     if any(_INIT.unpack(await mm.copy_from_user(data, _INIT.size))):
-        raise Refusal(errno.EINVAL, "encrypt_op.argument", command=KVM_SEV_INIT2)
+        raise Refusal(errno.EINVAL, "snp_op.argument", command=KVM_SEV_INIT2)
     kvm.encryption_initialised = True
 
 
 async def _launch_start(kvm: Kvm, mm: HostAddressSpace, data: int) -> None:
     policy, _, flags, *_ = _START.unpack(await mm.copy_from_user(data, _START.size))
     if flags or not policy & POLICY_RESERVED_1:
-        raise Refusal(errno.EINVAL, "encrypt_op.argument", command=LAUNCH_START, policy=policy, flags=flags)
+        raise Refusal(errno.EINVAL, "snp_op.argument", command=LAUNCH_START, policy=policy, flags=flags)
     await launch_start(kvm, policy)
 
 
@@ -78,7 +74,7 @@ async def _launch_update(kvm: Kvm, mm: HostAddressSpace, data: int) -> None:
     gfn, address, length, kind, pad, flags, *rest = _UPDATE.unpack(await mm.copy_from_user(data, _UPDATE.size))
     known = kind in (PageType.NORMAL, PageType.ZERO, PageType.UNMEASURED, PageType.SECRETS, PageType.CPUID)
     if not known or pad or flags or not length or (address | length) % PAGE_SIZE:
-        raise Refusal(errno.EINVAL, "encrypt_op.argument", command=LAUNCH_UPDATE, type=kind, uaddr=address, len=length)
+        raise Refusal(errno.EINVAL, "snp_op.argument", command=LAUNCH_UPDATE, type=kind, uaddr=address, len=length)
     source = address if address and kind != PageType.ZERO else None
     done = await launch_update(kvm, Gfn(gfn), source, length >> PAGE_SHIFT, kind)
     address += done << PAGE_SHIFT if source is not None else 0
@@ -90,15 +86,13 @@ async def _launch_finish(kvm: Kvm, mm: HostAddressSpace, data: int) -> None:
     """Without an ID block: its signature would be checked by firmware that is not here."""
     _, _, id_block, auth_key, _, _, _, flags, *_ = _FINISH.unpack(await mm.copy_from_user(data, _FINISH.size))
     if id_block or auth_key or flags:
-        raise Refusal(errno.EINVAL, "encrypt_op.argument", command=LAUNCH_FINISH, id_block=id_block, flags=flags)
+        raise Refusal(errno.EINVAL, "snp_op.argument", command=LAUNCH_FINISH, id_block=id_block, flags=flags)
     await launch_finish(kvm)
 
 
-_COMMANDS: dict[VmType, dict[int, _Command]] = {
-    VmType.SNP: {
-        KVM_SEV_INIT2: _init2,
-        LAUNCH_START: _launch_start,
-        LAUNCH_UPDATE: _launch_update,
-        LAUNCH_FINISH: _launch_finish,
-    },
+_COMMANDS: dict[int, _Command] = {
+    KVM_SEV_INIT2: _init2,
+    LAUNCH_START: _launch_start,
+    LAUNCH_UPDATE: _launch_update,
+    LAUNCH_FINISH: _launch_finish,
 }

@@ -23,10 +23,10 @@ FIELDS = {
 }
 ORDERS = [
     # (commands, answer to the last, source)
-    ([START], "encrypt_op.order", "sev_mem_enc_ioctl"),
+    ([START], "snp_op.order", "sev_mem_enc_ioctl"),
     ([INIT2], "", "sev_guest_init2"),
-    ([INIT2, INIT2], "encrypt_op.order", "sev_guest_init2"),
-    ([INIT2, 7], "encrypt_op.command", "sev_mem_enc_ioctl, default"),
+    ([INIT2, INIT2], "snp_op.order", "sev_guest_init2"),
+    ([INIT2, 7], "snp_op.command", "sev_mem_enc_ioctl, default"),
     ([INIT2, UPDATE], "launch.update", "snp_launch_update, no context"),
     ([INIT2, FINISH], "launch.finish", "snp_launch_finish, no context"),
     ([INIT2, START], "", "snp_launch_start"),
@@ -64,7 +64,7 @@ def test_a_field_that_has_no_such_value(command: int, fields: bytes, source: str
         client = Client(host)
         for before in (INIT2, START)[: (INIT2, START, UPDATE).index(min(command, UPDATE))]:
             assert not client.call(before)
-        assert client.call(command, fields) == "encrypt_op.argument", source
+        assert client.call(command, fields) == "snp_op.argument", source
 
 
 class Client:
