@@ -17,7 +17,7 @@ async def populate_on_shared_page(
     corrects_source: bool,
 ) -> None:
     """The state is not tested."""
-    source = await context.kvm.mm.pin_page(source_hva, write=False) if source_hva is not None else None
+    source = await context.kvm.mm.pin_page(source_hva, write=corrects_source) if source_hva is not None else None
     try:
         async with context.inode.invalidate_lock.exclusive:
             page = await context.page_at(slot, gfn, context.kvm.access_of(gfn, slot))

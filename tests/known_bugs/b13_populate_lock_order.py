@@ -19,7 +19,7 @@ async def populate_lock_order(
 ) -> None:
     """get_user_pages inside the locked section."""
     async with context.inode.invalidate_lock.exclusive:
-        source = await context.kvm.mm.pin_page(source_hva, write=False) if source_hva is not None else None
+        source = await context.kvm.mm.pin_page(source_hva, write=corrects_source) if source_hva is not None else None
         page = await context.page_at(slot, gfn, Access.PRIVATE)
         await post_populate(gfn, page, source)
     if source is not None:

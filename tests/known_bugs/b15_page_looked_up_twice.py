@@ -18,7 +18,7 @@ async def page_looked_up_twice(
     corrects_source: bool,
 ) -> None:
     """The lock does not cover both the look-up and the step that relies on it."""
-    source = await context.kvm.mm.pin_page(source_hva, write=False) if source_hva is not None else None
+    source = await context.kvm.mm.pin_page(source_hva, write=corrects_source) if source_hva is not None else None
     try:
         async with context.inode.invalidate_lock.exclusive:
             page = await context.page_at(slot, gfn, Access.PRIVATE)

@@ -18,7 +18,7 @@ async def null_source(
     corrects_source: bool,
 ) -> None:
     """`if source:` where `if source is not None:` is meant."""
-    source = await context.kvm.mm.pin_page(source_hva, write=False) if source_hva else None
+    source = await context.kvm.mm.pin_page(source_hva, write=corrects_source) if source_hva else None
     try:
         async with context.inode.invalidate_lock.exclusive:
             page = await context.page_at(slot, gfn, Access.PRIVATE)
