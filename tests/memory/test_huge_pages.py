@@ -298,8 +298,11 @@ def test_a_pinned_part_keeps_the_whole_hole_from_happening() -> None:
     for start in range(0, 4 * MIB2, MIB2):
         provider.run(provider.fault(registration, start, Access.SHARED))
     pin = provider.inode.folios.get(PageIndex(2 * MIB2 + 7))
+    bystander = RecordingUser()
+    provider.inode.register(bystander)
     with pytest.raises(Refusal) as caught:
         provider.run(provider.inode.punch_hole(pages(1, 4 * MIB2)))
+    assert not bystander.told, "who would give private pages back has not lost their bytes for nothing (S15)"
     assert (caught.value.errno, caught.value.rule) == (errno.EAGAIN, "punch.busy")
     assert caught.value.facts["offset"] == (2 * MIB2 + 7) * PAGE_SIZE
     assert provider.inode.statistics().allocated == 4 * MIB2

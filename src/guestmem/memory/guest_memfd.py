@@ -232,11 +232,13 @@ class Inode:
         invalidation = Invalidation(inside, Reason.TRUNCATE, BOTH, hull(inside, self.order))
         async with self.invalidate_lock.exclusive, self.users.tell(invalidation) as telling:
             self._check_not_frozen()
+            if self.order and huge_pages is not None:
+                await telling.begin(through_references=True)
+                busy = self.folios.first_referenced(huge_pages)
+                if busy is not None:  # before those are told who give private pages back, and with them their bytes
+                    raise Refusal(errno.EAGAIN, "punch.busy", offset=offset_of(busy))
             await telling.begin()
             if huge_pages is not None:
-                busy = self.folios.first_referenced(huge_pages) if self.order else None
-                if busy is not None:
-                    raise Refusal(errno.EAGAIN, "punch.busy", offset=offset_of(busy))
                 self._truncate(huge_pages)
             for part in parts:
                 self._zero_range(part)
