@@ -11,9 +11,9 @@ from guestmem.userspace.gmem_mapping import GmemSource
 
 
 @mutant("B60", replaces="guestmem.userspace.process:Process.mmap", breaks={"S6"})
-async def late_reference(self: Process, fd: int, size: int, offset: int = 0) -> Hva:
+async def late_reference(self: Process, fd: int, size: int, offset: int = 0, prot: int = 3) -> Hva:
     """The file is not held while the call waits."""
     file = self.fds.get(fd)
     assert isinstance(file, File)
     source = GmemSource(file, self._userspace.mappings_of(file.inode))
-    return await self.mm.map(source, size, PageIndex(offset >> 12))
+    return await self.mm.map(source, size, PageIndex(offset >> 12), writable=bool(prot & 2))
