@@ -20,8 +20,8 @@ from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from guestmem.arch import Lifetime
-from guestmem.arch.platforms import new_platforms
+from guestmem.arch import Lifetime, Platform
+from guestmem.arch.platforms import Platforms
 from guestmem.cpu.default import EngineFactory, default_engine
 from guestmem.iommu import DmaDevice, Iommu
 from guestmem.iommu.script import IommuHandle
@@ -114,7 +114,9 @@ class Host:
         self.iommu = Iommu(self.scheduler, self.tracer, self.orders)
         self._debug = debug
         self._clients = clients
-        self.platforms = new_platforms(self.pool.capacity + 1, self.orders, self.scheduler.fails, scramble)
+        self.platforms: Mapping[VmType, Platform] = Platforms(
+            self.pool.capacity + 1, self.orders, self.scheduler.fails, scramble
+        )
         kernel = self.scheduler, self.tracer, self.identities, self.new_inode, engine, self.orders[:-1]
         self.environment = KvmEnvironment(*kernel, self.platforms, lifetime)
 
