@@ -186,7 +186,8 @@ def test_a_user_that_cannot_unmap_is_recorded_and_the_page_never_changes_hands()
         if invalidation.pages.overlaps(stuck):
             raise UnmapFailed(stuck, "firmware is busy")
 
-    user, bystander = RecordingUser(on_begin=refuse), RecordingUser("bystander")
+    user, bystander, giver = RecordingUser(on_begin=refuse), RecordingUser("bystander"), RecordingUser("giver")
+    provider.inode.register(giver, last=True)
     registration = provider.inode.register(user)
     provider.inode.register(bystander)
     page = provider.run(provider.fault(registration, 2, Access.PRIVATE))
@@ -196,6 +197,7 @@ def test_a_user_that_cannot_unmap_is_recorded_and_the_page_never_changes_hands()
     assert caught.value.facts["error_offset"] == 2 * PAGE_SIZE
     assert provider.inode.attributes.is_all(pages(0, 4), Access.PRIVATE)
     assert [step for step, _ in bystander.told] == ["begin", "end"], "a failing user cannot stop the operation (R15)"
+    assert not giver.told, "nobody has given back pages, and lost their bytes, for a conversion that is refused (S15)"
     with pytest.raises(Refusal) as caught:
         provider.run(provider.fault(registration, 2, Access.PRIVATE))
     assert caught.value.rule == "fault.poisoned"

@@ -1,7 +1,8 @@
 """Conversion: pages become private or shared, in place.
 
     already there? -> room -> to shared: what a split needs -> to private: users that take references first, then look
-    for references -> the other users -> did all unmap? -> STORE: split, new access, merge -> end
+    for references -> the other users -> did all unmap? -> who gives pages back -> could they? -> STORE: split, new
+    access, merge -> end
 
 Everything that may fail comes before STORE, and a failure ends the window with nothing changed (S15).
 
@@ -76,6 +77,8 @@ async def convert_range(inode: Inode, pages: PageRange, to: Access) -> None:
                     await telling.begin(through_references=True)
                     await inode.scheduler.preempt("unmapped, references not looked at yet")
                     check_no_references(inode, pages)
+                await telling.begin(last=False)
+                check_all_unmapped(inode, pages)  # before pages are given back, and lose their bytes with it
                 await telling.begin()
                 check_all_unmapped(inode, pages)
                 # The point of no return: nothing below may fail.

@@ -122,6 +122,7 @@ class Users:
         self._unmap_failed = unmap_failed
 
     def register(self, user: MemoryUser, *, last: bool = False) -> Registration:
+        """`last`: told when all others have been, and only if they could unmap; for who gives pages back."""
         registration = Registration(self, user, last)
         place = len(self.registrations)
         while not last and place and self.registrations[place - 1].last:
@@ -180,10 +181,11 @@ class Telling:
         self._users.open.append(self)
         return self
 
-    async def begin(self, through_references: bool = False) -> None:
-        """Tell every user that was not told yet; with `through_references` those alone that hand out references."""
+    async def begin(self, through_references: bool = False, last: bool = True) -> None:
+        """Tell every user that was not told yet; with `through_references` those alone that hand out references,
+        without `last` not those who wanted to be told last."""
         for registration in list(self._untold):
-            if through_references and not registration.user.takes_references:
+            if (through_references and not registration.user.takes_references) or (registration.last and not last):
                 continue
             self._untold.remove(registration)
             self.told.append(registration)
