@@ -132,7 +132,11 @@ def test_reclaim_scrubs_what_was_the_guests_alone(before: Step, left: bytes) -> 
 def test_the_hypervisor_takes_and_gives_back() -> None:
     machine = Machine()
     machine.host_donate_hyp(machine.page)
+    assert (machine.host, machine.hyp) == ({machine.page: PageState.NOPAGE}, {machine.page: PageState.OWNED})
     machine.hyp_donate_host(machine.page)
     machine.host_share_hyp(machine.page)
+    assert machine.host[machine.page] is PageState.SHARED_OWNED
     machine.host_unshare_hyp(machine.page)
+    assert not machine.host
+    assert not machine.hyp
     machine.donate()

@@ -281,7 +281,7 @@ def test_a_vcpu_that_left_lets_the_epoch_end() -> None:
     blocked_while_inside(machine)
     machine.vp_exit(TDR, VCPU)
     machine.vp_enter(TDR, VCPU, CPU)  # in the new epoch: it cannot have what was blocked before
-    machine.mem_page_remove(TDR, GFN, LEVEL_4K)
+    assert machine.mem_page_remove(TDR, GFN, LEVEL_4K) == machine.page()
 
 
 def test_mrtd_is_the_sha_384_of_the_calls() -> None:

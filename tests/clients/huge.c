@@ -5,7 +5,7 @@
  * kernel that is released has such files.
  */
 #define _GNU_SOURCE
-#include "client.h"
+#include "exchange.h"
 
 #include <sys/stat.h>
 
@@ -16,25 +16,6 @@ struct kvm_gmem_convert {
 };
 #define KVM_GMEM_CONVERT_SHARED _IOWR(0xaf, 0x41, struct kvm_gmem_convert)
 #define KVM_GMEM_CONVERT_PRIVATE _IOWR(0xaf, 0x42, struct kvm_gmem_convert)
-
-#define GUP_TEST "/sys/kernel/debug/gup_test"
-struct pin_longterm_test {
-    __u64 addr, size;
-    __u32 flags;
-};
-#define PIN_LONGTERM_TEST_START _IOW('g', 7, struct pin_longterm_test)
-#define PIN_LONGTERM_TEST_STOP _IO('g', 8)
-enum { PIN_FOR_WRITE = 1 };
-
-/* Reads the byte at RBX, writes CL over it, gives the old one out. */
-extern const char guest_exchange[], guest_exchange_end[];
-asm(".pushsection .rodata\n"
-    "guest_exchange:\n"
-    "    mov (%rbx), %al\n"
-    "    mov %cl, (%rbx)\n"
-    "    out %al, $0x10\n"
-    "guest_exchange_end:\n"
-    ".popsection\n");
 
 enum { MIB_2 = 2 << 20, FILES = 64, SHOWN = 4 };
 #define HUGE_GPA (1ULL << 30)

@@ -172,11 +172,13 @@ def test_hugetlb_takes_what_it_populates() -> None:
 
 
 def test_what_is_closed_can_be_had_again(huge_pages: int) -> None:
+    before = mapped_huge_kib()
     for _ in range(3):
         backing = HugetlbBacking((huge_pages - 2) * HUGE, "test", ORDER_2M)
         backing.populate(pages(0, 4 * HUGE))
         backing.free(pages(0, 2 * HUGE))
         backing.close()
+        assert mapped_huge_kib() == before
 
 
 def test_what_is_reserved_is_there_though_others_want_it_all(huge_pages: int, request: pytest.FixtureRequest) -> None:

@@ -81,17 +81,22 @@ def run(
         server.report.notes += shortages(reserved, got)
         if trace is not None:
             _trace(server, stack.enter_context(trace.open("w")), json=trace.suffix.startswith(".json"))
-        try:
-            status = launch.run(server, [path, *command[1:]], transport)
-        except CannotTrace as error:
-            raise _failure(str(error)) from None
-        except launch.NoShim:
-            raise _failure(_NO_SHIM) from None
-        except OSError as error:
-            raise _failure(f"{command[0]}: {error.strerror}", _NOT_EXECUTABLE) from error
+        status = _launch(server, [path, *command[1:]], transport)
     if explain or server.report.bugs:
         print_report(server.report)
     _end_as(status)
+
+
+def _launch(server: Server, command: list[str], transport: launch.Transport) -> int:
+    """Run the command to its end; its exit code, or minus the signal that killed it."""
+    try:
+        return launch.run(server, command, transport)
+    except CannotTrace as error:
+        raise _failure(str(error)) from None
+    except launch.NoShim:
+        raise _failure(_NO_SHIM) from None
+    except OSError as error:
+        raise _failure(f"{command[0]}: {error.strerror}", _NOT_EXECUTABLE) from error
 
 
 def _connect(command: list[str], socket: Path) -> None:
