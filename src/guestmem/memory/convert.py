@@ -71,7 +71,8 @@ async def convert_range(inode: Inode, pages: PageRange, to: Access) -> None:
             raise Refusal(errno.ENOMEM, "convert.nomem", error_offset=offset_of(pages.start))
         to_be_split = present_parts(inode.folios, pages) if inode.order and to is Access.SHARED else ()
         with prepare_split(inode.scheduler, inode.folios, to_be_split, pages.start) as split:
-            invalidation = Invalidation(pages, REASON[to], (other(to),), hull(pages, inode.order))
+            around = hull(pages, inode.order) if inode.order else None
+            invalidation = Invalidation(pages, REASON[to], (other(to),), around)
             async with inode.users.tell(invalidation) as telling:
                 if to is Access.PRIVATE:
                     await telling.begin(through_references=True)

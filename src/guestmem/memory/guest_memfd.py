@@ -229,7 +229,7 @@ class Inode:
         if inside is None:
             return
         huge_pages, parts = whole_blocks(inside, self.order)
-        invalidation = Invalidation(inside, Reason.TRUNCATE, BOTH, hull(inside, self.order))
+        invalidation = Invalidation(inside, Reason.TRUNCATE, BOTH, hull(inside, self.order) if self.order else None)
         async with self.invalidate_lock.exclusive, self.users.tell(invalidation) as telling:
             self._check_not_frozen()
             if self.order and huge_pages is not None:
