@@ -18,6 +18,8 @@ async def references_before_unmap(inode: Inode, pages: PageRange, to: Access) ->
         shared = present_parts(inode.folios, pages) if to is Access.SHARED else ()
         with prepare_split(inode.scheduler, inode.folios, shared, pages.start) as split:
             async with inode.users.tell(Invalidation(pages, REASON[to], (other(to),))) as telling:
+                await telling.begin(last=False)
+                check_all_unmapped(inode, pages)
                 await telling.begin()
                 check_all_unmapped(inode, pages)
                 store(inode, pages, to, split)

@@ -6,11 +6,11 @@ from guestmem.memory.notifier import Telling
 
 
 @mutant("B37", replaces="guestmem.memory.notifier:Telling.begin", breaks={"S1", "S2", "S3", "S10"})
-async def first_view_only(self: Telling, through_references: bool = False) -> None:
+async def first_view_only(self: Telling, through_references: bool = False, last: bool = True) -> None:
     """invalidate only list_first(files)."""
     views = 0
     for registration in list(self._untold):
-        if through_references and not registration.user.takes_references:
+        if (through_references and not registration.user.takes_references) or (registration.last and not last):
             continue
         self._untold.remove(registration)
         if isinstance(registration.user, KvmGmemContext):

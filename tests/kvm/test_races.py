@@ -357,9 +357,9 @@ def test_b24_looking_for_references_before_unmapping(monkeypatch: pytest.MonkeyP
     whole = Telling.begin
     look = convert.check_no_references
 
-    async def begin(self: Telling, through_references: bool = False) -> None:
+    async def begin(self: Telling, through_references: bool = False, last: bool = True) -> None:
         if not through_references:
-            await whole(self)
+            await whole(self, last=last)
 
     async def look_then_convert(self: Inode, pages: Any, to: Access) -> None:
         look(self, pages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guestmem.check.invariants import Violation
-from guestmem.memory import Inode, Invalidation, UnmapFailed
+from guestmem.memory import Inode, Invalidation, PageIndex, Range, UnmapFailed
 from guestmem.sched import Scheduler
 
 
@@ -26,7 +26,8 @@ class Firmware:
         await self._scheduler.preempt("firmware call")
         self._check_registered()
         if self._scheduler.fails("firmware: remove page"):
-            raise UnmapFailed(invalidation.pages, "firmware is busy")
+            first = invalidation.pages.start
+            raise UnmapFailed(Range(first, PageIndex(first + 1)), "firmware is busy")
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
         self._check_registered()
