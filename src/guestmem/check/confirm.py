@@ -104,6 +104,9 @@ class CompiledEngine:
     def complete(self, value: int) -> None:
         raise AssertionError("a compiled script asks for nothing")
 
+    def raise_exception(self, vector: int, error_code: int) -> None:
+        self._engine.raise_exception(vector, error_code)
+
     def flush_tlb(self) -> None:
         self._engine.flush_tlb()
 

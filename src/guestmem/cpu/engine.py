@@ -121,6 +121,49 @@ class Hypercall:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Pvalidate:
+    """PVALIDATE, by an SNP guest, on the page at `gpa`; of 2M with `large`.
+
+    The CPU does it by the RMP and what stage 2 maps: no reason to leave KVM_RUN. `complete(status | carry << 32)`
+    finishes it with EAX and RFLAGS.CF, `raise_exception` ends it; run without either repeats it.
+    """
+
+    gpa: int
+    large: bool
+    validate: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rmpadjust:
+    """RMPADJUST, by an SNP guest, on the page at `gpa`; of 2M with `large`. As Pvalidate; `complete(status)` is EAX.
+
+    `target` is the VMPL whose `permissions` are set; `vmsa`: the page is one.
+    """
+
+    gpa: int
+    large: bool
+    target: int
+    permissions: int
+    vmsa: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vmgexit:
+    """VMGEXIT, by an SNP guest. Past the instruction. `ghcb` is the value of the GHCB MSR, `complete` gives the new
+    one."""
+
+    ghcb: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tdcall:
+    """TDCALL, by a TD. Past the instruction. The leaf is in RAX and its arguments in the other registers; `complete`
+    gives the new RAX, `set_regs` before it the other results. `raise_exception` ends it."""
+
+    leaf: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Shutdown:
     """Triple fault: an exception that could not be delivered. The vCPU cannot go on."""
 
@@ -151,6 +194,10 @@ Stop: TypeAlias = (
     | MmioRead
     | Halt
     | Hypercall
+    | Pvalidate
+    | Rmpadjust
+    | Vmgexit
+    | Tdcall
     | Shutdown
     | InterruptWindow
     | SliceOver
@@ -181,6 +228,10 @@ class Engine(Protocol):
         If the instruction meets another stop (a second access, a page that stage 2 does not hold), the next run returns
         that. So a VMM may leave the guest after `complete`, as KVM_RUN with immediate_exit does.
         """
+        ...
+
+    def raise_exception(self, vector: int, error_code: int) -> None:
+        """The instruction of the last Pvalidate, Rmpadjust or Tdcall raises an exception in the guest instead."""
         ...
 
     def flush_tlb(self) -> None:

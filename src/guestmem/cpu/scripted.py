@@ -73,6 +73,9 @@ class ScriptedEngine:
     def complete(self, value: int) -> None:
         raise AssertionError("a scripted guest asks for nothing")
 
+    def raise_exception(self, vector: int, error_code: int) -> None:
+        raise AssertionError("a scripted guest asks for nothing")
+
     def flush_tlb(self) -> None:
         self.tlb.clear()
 

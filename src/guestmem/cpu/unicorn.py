@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from guestmem.cpu import cpuid, uc_native
 from guestmem.cpu.engine import CpuidTable, GuestMemory, Hypercall, MmioRead, PortIn, SliceOver, Stop
+from guestmem.cpu.exceptions import Event
 from guestmem.cpu.registers import Regs, Sregs
 from guestmem.cpu.slice_timer import shared as slice_timer
 from guestmem.cpu.uc_state import UnicornState
@@ -85,6 +86,11 @@ class UnicornEngine(UnicornState):
                 self._next = self._vcpu.advance()
         elif isinstance(asked, Hypercall):
             self._vcpu.instructions.finish_hypercall(value)
+
+    def raise_exception(self, vector: int, error_code: int) -> None:
+        """Delivered at the next run, at the instruction."""
+        self._check_open()
+        self._vcpu.pending = Event(vector, error_code)
 
     def flush_tlb(self) -> None:
         """Forget every translation of addresses. About 2 us; also right inside of GuestMemory.translate."""

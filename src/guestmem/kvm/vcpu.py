@@ -162,6 +162,8 @@ class Vcpu:
                 return self._wait_for_answer(MmioExit(stop.gpa, stop.size, False))
             case cpu.Hypercall():
                 return self._hypercall(stop)
+            case cpu.Pvalidate() | cpu.Rmpadjust() | cpu.Vmgexit() | cpu.Tdcall():
+                return InternalErrorExit(self.engine.get_regs().rip, f"{type(stop).__name__} in a VM without it")
             case cpu.Halt():
                 return await self._halt()
             case cpu.Shutdown():
