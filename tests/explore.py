@@ -1,11 +1,10 @@
-"""Policies that explore, for tests: every interleaving of a small scenario, or random ones of a larger.
+"""A policy that explores, for tests: every interleaving of a small scenario.
 
-The product's own strategies will be richer; these are as small as can be, and show that the plug carries them.
+The product's own strategies are richer; this one is as small as can be, for tests of the primitives that they stand on.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,21 +36,6 @@ class Follow:
         choice = self.prefix[place] if place < len(self.prefix) else 0
         self.taken.append((choice, options))
         return choice
-
-
-class Random:
-    """A seeded random choice every time."""
-
-    explores = True
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def choose(self, ready: Sequence[Task[Any]]) -> Task[Any]:
-        return self._random.choice(ready)
-
-    def fails(self, task: Task[Any], step: str) -> bool:
-        return False
 
 
 def every_schedule(scenario: Callable[[Follow], None], limit: int = 200_000, failures: int = 0) -> int:
