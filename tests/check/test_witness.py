@@ -86,12 +86,16 @@ def test_a_failing_step_is_in_the_story() -> None:
     assert "! a fallible step fails" in story.text(told)
 
 
-def test_unicorn_confirms_what_scripts_have_found() -> None:
-    scenario = SCENARIOS["punch_against_guest"]
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [("punch_against_guest", "S3"), ("snp_convert_against_guest", "S2"), ("td_convert_against_guest", "S1")],
+)
+def test_unicorn_confirms_what_scripts_have_found(name: str, broken: str) -> None:
+    scenario = SCENARIOS[name]
     with mutants.find(str(BUGS / "b32_stale_lookup_published.py")).installed():
         schedule = witness.shrink(scenario, explore(scenario, States()))
         told = witness.tell(scenario, schedule)
-        assert confirm(scenario, schedule, told).startswith("confirmed: S3")
+        assert confirm(scenario, schedule, told).startswith(f"confirmed: {broken}")
     assert confirm(scenario, schedule, told).startswith("NOT confirmed"), "without the bug nothing breaks"
 
 

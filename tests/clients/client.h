@@ -278,6 +278,14 @@ static inline int enter_long_mode(int vcpu) {
     return ioctl(vcpu, KVM_SET_SREGS, &sregs);
 }
 
+static inline int open_vcpu(struct machine *m) {
+    m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
+    if (m->vcpu < 0) return -1;
+    m->run_size = (size_t)ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+    m->run = map_shared(m->vcpu, m->run_size);
+    return m->run == MAP_FAILED ? -1 : 0;
+}
+
 /* Everything but the data slot, for this type of VM; -1 with errno if a call fails. */
 static inline int open_machine(struct machine *m, unsigned long type, const void *code, size_t code_size) {
     *m = (struct machine){.vm = ioctl(kvm, KVM_CREATE_VM, type), .vcpu = -1};
@@ -288,11 +296,7 @@ static inline int open_machine(struct machine *m, unsigned long type, const void
     *(uint64_t *)(m->low + PD) = PTE_HUGE | PTE_PRESENT | PTE_WRITE;
     memcpy(m->low + CODE, code, code_size);
     if (set_region(m->vm, LOW_SLOT, 0, LOW_SIZE, m->low, -1)) return -1;
-    m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
-    if (m->vcpu < 0) return -1;
-    m->run_size = (size_t)ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-    m->run = map_shared(m->vcpu, m->run_size);
-    return m->run == MAP_FAILED ? -1 : enter_long_mode(m->vcpu);
+    return open_vcpu(m) ? -1 : enter_long_mode(m->vcpu);
 }
 
 static inline void close_machine(struct machine *m) {

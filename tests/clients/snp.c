@@ -1,13 +1,15 @@
 /*
  * An SNP guest is launched through KVM_MEMORY_ENCRYPT_OP, in place: image written while shared, made private, measured with
- * a source address of zero. It finds its image, and the host that makes a page shared again finds ciphertext.
+ * a source address of zero. It finds its image, says with the C-bit of its page tables which kind of page it means, and
+ * the host that makes a page shared again finds ciphertext.
  */
 #define _GNU_SOURCE
-#include "client.h"
+#include "protected.h"
 
 enum { SNP_VM = 4, INIT2 = 22, LAUNCH_START = 100, LAUNCH_UPDATE = 101, LAUNCH_FINISH = 102 };
 enum { NORMAL = 1, CPUID = 6, POLICY_RESERVED = 1 << 17, POLICY_FAILURE = 7, INVALID_PARAM = 0x16 };
-enum { PAGES = 4, SIZE = PAGES * PAGE };
+enum { C_BIT_POSITION = 51, ENCRYPTION_LEAF = 0x8000001f, SEV_AND_SNP = 1 << 1 | 1 << 4 };
+#define C_BIT (1ULL << C_BIT_POSITION)
 
 struct sev_cmd {
     uint32_t id, pad;
@@ -40,10 +42,7 @@ struct launch_finish {
     uint16_t flags;
     uint64_t pad1[4];
 };
-#define MEMORY_ENCRYPT_OP _IOWR(KVMIO, 0xba, unsigned long)
 
-/* mov al, [rbx]; inc byte [rbx]; out 0x10, al */
-static const uint8_t tell_and_count[] = {0x8a, 0x03, 0xfe, 0x03, 0xe6, 0x10};
 static uint32_t firmware_error;
 
 static int command(int vm, uint32_t id, void *data) {
@@ -53,43 +52,76 @@ static int command(int vm, uint32_t id, void *data) {
     return result;
 }
 
-static int convert(int gmem, uint64_t page, uint64_t pages, bool private) {
-    struct kvm_memory_attributes2 arguments = {
-        .offset = page * PAGE, .size = pages * PAGE, .attributes = private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0};
-    return ioctl(gmem, KVM_SET_MEMORY_ATTRIBUTES2, &arguments);
+/* Make pages private and measure them. */
+static int measure(struct guest *g, uint64_t gpa, uint64_t size) {
+    struct launch_update update = {.gfn_start = gpa / PAGE, .len = size, .type = NORMAL};
+
+    return convert(g->gmem, gpa, size, true) || command(g->m.vm, LAUNCH_UPDATE, &update) ? -1 : 0;
+}
+
+/* A guest of which all but the last two data pages is private; in a case. */
+static void launch(struct guest *g) {
+    struct sev_init init = {0};
+    struct launch_start start = {.policy = POLICY_RESERVED};
+    struct launch_finish end = {0};
+
+    CHECK(!open_guest(g, SNP_VM, C_BIT, 0), "errno %d", errno);
+    g->m.low[DATA_GPA] = 41;
+    CHECK(!command(g->m.vm, INIT2, &init), "errno %d", errno);
+    CHECK(!command(g->m.vm, LAUNCH_START, &start), "errno %d, firmware %u", errno, firmware_error);
+    CHECK(!measure(g, 0, MEASURED), "errno %d, firmware %u", errno, firmware_error);
+    CHECK(!measure(g, DATA_GPA, 2 * PAGE), "errno %d, firmware %u", errno, firmware_error);
+    CHECK(!command(g->m.vm, LAUNCH_FINISH, &end), "errno %d, firmware %u", errno, firmware_error);
 }
 
 static void launched_in_place(void) {
-    struct machine m;
+    struct guest g;
     struct sev_init init = {0};
     struct launch_start start = {.policy = POLICY_RESERVED};
-    struct launch_update update = {.gfn_start = DATA_GPA / PAGE, .len = SIZE, .type = NORMAL};
+    struct launch_update update = {.gfn_start = DATA_GPA / PAGE, .len = DATA_PAGES * PAGE, .type = NORMAL};
     struct launch_finish end = {0};
-    uint8_t byte = 0;
+    uint32_t exit_;
 
-    CHECK(!open_machine(&m, SNP_VM, tell_and_count, sizeof(tell_and_count)), "errno %d", errno);
-    int gmem = create_gmem(m.vm, SIZE, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED);
-    CHECK(!set_region(m.vm, DATA_SLOT, DATA_GPA, SIZE, NULL, gmem), "errno %d", errno);
-    uint8_t *memory = map_shared(gmem, SIZE);
-    memory[0] = 41;
-    CHECK_ERRNO(command(m.vm, LAUNCH_START, &start), EINVAL);
-    CHECK(!command(m.vm, INIT2, &init), "errno %d", errno);
-    CHECK_ERRNO(command(m.vm, INIT2, &init), EINVAL);
-    CHECK(!command(m.vm, LAUNCH_START, &start), "errno %d, firmware %u", errno, firmware_error);
-    CHECK_ERRNO(command(m.vm, LAUNCH_UPDATE, &update), EINVAL); /* shared */
-    CHECK(!convert(gmem, 0, PAGES, true), "errno %d", errno);
-    CHECK_ERRNO(ioctl(m.vcpu, KVM_RUN, 0), EINVAL); /* not launched */
-    CHECK(!command(m.vm, LAUNCH_UPDATE, &update), "errno %d, firmware %u", errno, firmware_error);
-    CHECK(!update.len && update.gfn_start == DATA_GPA / PAGE + PAGES && !update.uaddr, "%lu left", (long)update.len);
-    CHECK(!command(m.vm, LAUNCH_FINISH, &end), "errno %d, firmware %u", errno, firmware_error);
-    CHECK_ERRNO(command(m.vm, LAUNCH_FINISH, &end), EINVAL);
-    CHECK(run_guest(&m, DATA_GPA, 0, &byte) && byte == 41, "exit %u, %u", m.run->exit_reason, byte);
-    CHECK(access_is_refused(memory, -1), "the host reads a private page");
-    CHECK(!convert(gmem, 0, 1, false), "errno %d", errno);
-    CHECK(memory[0] != 42 || memory[1] || memory[2], "plaintext");
-    munmap(memory, SIZE);
-    close(gmem);
-    close_machine(&m);
+    CHECK(!open_guest(&g, SNP_VM, C_BIT, 0), "errno %d", errno);
+    uint8_t *data = g.m.low + DATA_GPA;
+    data[0] = 41;
+    CHECK_ERRNO(command(g.m.vm, LAUNCH_START, &start), EINVAL);
+    CHECK(!command(g.m.vm, INIT2, &init), "errno %d", errno);
+    CHECK_ERRNO(command(g.m.vm, INIT2, &init), EINVAL);
+    CHECK(!command(g.m.vm, LAUNCH_START, &start), "errno %d, firmware %u", errno, firmware_error);
+    CHECK_ERRNO(command(g.m.vm, LAUNCH_UPDATE, &update), EINVAL); /* shared */
+    CHECK(!measure(&g, 0, MEASURED), "errno %d, firmware %u", errno, firmware_error);
+    CHECK(!convert(g.gmem, DATA_GPA, DATA_PAGES * PAGE, true), "errno %d", errno);
+    CHECK_ERRNO(ioctl(g.m.vcpu, KVM_RUN, 0), EINVAL); /* not launched */
+    CHECK(!command(g.m.vm, LAUNCH_UPDATE, &update), "errno %d, firmware %u", errno, firmware_error);
+    CHECK(!update.len && update.gfn_start == GUEST_SIZE / PAGE && !update.uaddr, "%lu left", (long)update.len);
+    CHECK(!command(g.m.vm, LAUNCH_FINISH, &end), "errno %d, firmware %u", errno, firmware_error);
+    CHECK_ERRNO(command(g.m.vm, LAUNCH_FINISH, &end), EINVAL);
+    exit_ = touch(&g, PRIVATE_VIEW + DATA_GPA);
+    CHECK(told(&g, exit_) == 41, "exit %u, %d", exit_, told(&g, exit_));
+    CHECK(access_is_refused(data, -1), "the host reads a private page");
+    CHECK(!convert(g.gmem, DATA_GPA, PAGE, false), "errno %d", errno);
+    CHECK(data[0] != 42 || data[1] || data[2], "plaintext");
+    close_guest(&g);
+}
+
+static void by_the_c_bit(void) {
+    struct guest g;
+
+    STEP(launch(&g));
+    STEP(both_views(&g));
+    close_guest(&g);
+}
+
+static void a_shared_page_table(void) {
+    struct guest g;
+    uint32_t exit_;
+
+    STEP(launch(&g));
+    CHECK(!convert(g.gmem, PD, PAGE, false), "errno %d", errno);
+    exit_ = enter(&g);
+    CHECK(faulted(&g, exit_, PD, true), "exit %u", exit_);
+    close_guest(&g);
 }
 
 static void corrected_cpuid(void) {
@@ -112,6 +144,21 @@ static void corrected_cpuid(void) {
     close(gmem), close(vm);
 }
 
+static void the_c_bit_in_cpuid(void) {
+    enum { ENTRIES = 64 };
+    struct kvm_cpuid2 *table = calloc(1, sizeof(*table) + ENTRIES * sizeof(*table->entries));
+    const struct kvm_cpuid_entry2 *found = NULL;
+
+    table->nent = ENTRIES;
+    CHECK(!ioctl(kvm, KVM_GET_SUPPORTED_CPUID, table), "errno %d", errno);
+    for (uint32_t i = 0; i < table->nent; i++)
+        if (table->entries[i].function == ENCRYPTION_LEAF) found = &table->entries[i];
+    CHECK(found, "%u entries without it", table->nent);
+    CHECK((found->eax & SEV_AND_SNP) == SEV_AND_SNP, "EAX %#x", found->eax);
+    CHECK((found->ebx & 0x3f) == C_BIT_POSITION, "EBX %#x", found->ebx);
+    free(table);
+}
+
 static void not_for_others(void) {
     int vm = ioctl(kvm, KVM_CREATE_VM, KVM_X86_SW_PROTECTED_VM);
     struct sev_init init = {0};
@@ -126,7 +173,10 @@ int main(void) {
         void (*run)(void);
     } cases[] = {
         {"launched in place", launched_in_place},
+        {"by the C-bit", by_the_c_bit},
+        {"a shared page table", a_shared_page_table},
         {"a corrected CPUID page", corrected_cpuid},
+        {"the C-bit in CPUID", the_c_bit_in_cpuid},
         {"not for others", not_for_others},
     };
 

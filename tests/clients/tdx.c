@@ -1,9 +1,13 @@
-/* A TD is launched through KVM_MEMORY_ENCRYPT_OP, in place; the host that makes a page shared again finds zeros. */
+/*
+ * A TD is launched through KVM_MEMORY_ENCRYPT_OP, in place; it says with the shared bit of its page tables which kind of
+ * page it means, and the host that makes a page shared again finds zeros. On hardware a TD begins outside of long mode
+ * and nobody can set its registers.
+ */
 #define _GNU_SOURCE
-#include "client.h"
+#include "protected.h"
 
 enum { TDX_VM = 5, INIT_VM = 1, INIT_VCPU, INIT_MEM_REGION, FINALIZE_VM, MEASURE = 1 };
-enum { PAGES = 4, SIZE = PAGES * PAGE };
+#define SHARED_BIT (1ULL << 47)
 
 struct tdx_cmd {
     uint32_t id, flags;
@@ -12,60 +16,80 @@ struct tdx_cmd {
 struct mem_region {
     uint64_t source_addr, gpa, nr_pages;
 };
-#define MEMORY_ENCRYPT_OP _IOWR(KVMIO, 0xba, unsigned long)
-
-/* mov al, [rbx]; inc byte [rbx]; out 0x10, al */
-static const uint8_t tell_and_count[] = {0x8a, 0x03, 0xfe, 0x03, 0xe6, 0x10};
 
 static int command(int fd, uint32_t id, uint32_t flags, void *data) {
     struct tdx_cmd arguments = {.id = id, .flags = flags, .data = (uintptr_t)data};
     return ioctl(fd, MEMORY_ENCRYPT_OP, &arguments);
 }
 
-static int convert(int gmem, uint64_t page, uint64_t pages, bool private) {
-    struct kvm_memory_attributes2 arguments = {
-        .offset = page * PAGE, .size = pages * PAGE, .attributes = private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0};
-    return ioctl(gmem, KVM_SET_MEMORY_ATTRIBUTES2, &arguments);
+/* Make pages private, add and measure them. */
+static int measure(struct guest *g, uint64_t gpa, uint64_t size) {
+    struct mem_region region = {.gpa = gpa, .nr_pages = size / PAGE};
+
+    return convert(g->gmem, gpa, size, true) || command(g->m.vcpu, INIT_MEM_REGION, MEASURE, &region) ? -1 : 0;
 }
 
 static void launched_in_place(void) {
-    struct machine m;
+    struct guest g;
     uint64_t init[512] = {0};
-    struct mem_region region = {.gpa = DATA_GPA, .nr_pages = PAGES};
-    uint8_t byte = 0;
+    struct mem_region region = {.gpa = DATA_GPA, .nr_pages = DATA_PAGES};
+    uint32_t exit_;
 
-    CHECK(!open_machine(&m, TDX_VM, tell_and_count, sizeof(tell_and_count)), "errno %d", errno);
-    int gmem = create_gmem(m.vm, SIZE, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED);
-    CHECK(!set_region(m.vm, DATA_SLOT, DATA_GPA, SIZE, NULL, gmem), "errno %d", errno);
-    uint8_t *memory = map_shared(gmem, SIZE);
-    memory[0] = 41;
-    CHECK(!convert(gmem, 0, PAGES, true), "errno %d", errno);
-    CHECK_ERRNO(command(m.vm, FINALIZE_VM, 0, NULL), EINVAL);
-    CHECK_ERRNO(command(m.vcpu, INIT_VM, 0, init), EINVAL);
-    CHECK_ERRNO(command(m.vm, INIT_VM, 1, init), EINVAL);
-    CHECK(!command(m.vm, INIT_VM, 0, init), "errno %d", errno);
-    CHECK_ERRNO(command(m.vm, INIT_VM, 0, init), EINVAL);
-    CHECK(!command(m.vcpu, INIT_VCPU, 0, NULL), "errno %d", errno);
-    CHECK_ERRNO(command(m.vm, INIT_MEM_REGION, MEASURE, &region), EINVAL);
-    CHECK_ERRNO(ioctl(m.vcpu, KVM_RUN, 0), EINVAL); /* not finalized */
-    CHECK(!command(m.vcpu, INIT_MEM_REGION, MEASURE, &region), "errno %d", errno);
-    CHECK(!region.nr_pages && region.gpa == DATA_GPA + SIZE && !region.source_addr, "%lu left", (long)region.nr_pages);
-    CHECK(!command(m.vm, FINALIZE_VM, 0, NULL), "errno %d", errno);
-    CHECK_ERRNO(command(m.vm, FINALIZE_VM, 0, NULL), EINVAL);
-    CHECK(run_guest(&m, DATA_GPA, 0, &byte) && byte == 41, "exit %u, %u", m.run->exit_reason, byte);
-    CHECK(access_is_refused(memory, -1), "the host reads a private page");
-    CHECK(!convert(gmem, 0, 1, false), "errno %d", errno);
-    CHECK(!memory[0] && !memory[1], "%d", memory[0]);
-    munmap(memory, SIZE);
-    close(gmem);
-    close_machine(&m);
+    CHECK(!open_guest(&g, TDX_VM, 0, SHARED_BIT), "errno %d", errno);
+    uint8_t *data = g.m.low + DATA_GPA;
+    data[0] = 41;
+    CHECK(!convert(g.gmem, DATA_GPA, DATA_PAGES * PAGE, true), "errno %d", errno);
+    CHECK_ERRNO(command(g.m.vm, FINALIZE_VM, 0, NULL), EINVAL);
+    CHECK_ERRNO(command(g.m.vcpu, INIT_VM, 0, init), EINVAL);
+    CHECK_ERRNO(command(g.m.vm, INIT_VM, 1, init), EINVAL);
+    CHECK(!command(g.m.vm, INIT_VM, 0, init), "errno %d", errno);
+    CHECK_ERRNO(command(g.m.vm, INIT_VM, 0, init), EINVAL);
+    CHECK(!command(g.m.vcpu, INIT_VCPU, 0, NULL), "errno %d", errno);
+    CHECK(!measure(&g, 0, MEASURED), "errno %d", errno);
+    CHECK_ERRNO(command(g.m.vm, INIT_MEM_REGION, MEASURE, &region), EINVAL);
+    CHECK_ERRNO(ioctl(g.m.vcpu, KVM_RUN, 0), EINVAL); /* not finalized */
+    CHECK(!command(g.m.vcpu, INIT_MEM_REGION, MEASURE, &region), "errno %d", errno);
+    CHECK(!region.nr_pages && region.gpa == GUEST_SIZE && !region.source_addr, "%lu left", (long)region.nr_pages);
+    CHECK(!command(g.m.vm, FINALIZE_VM, 0, NULL), "errno %d", errno);
+    CHECK_ERRNO(command(g.m.vm, FINALIZE_VM, 0, NULL), EINVAL);
+    exit_ = touch(&g, PRIVATE_VIEW + DATA_GPA);
+    CHECK(told(&g, exit_) == 41, "exit %u, %d", exit_, told(&g, exit_));
+    CHECK(access_is_refused(data, -1), "the host reads a private page");
+    CHECK(!convert(g.gmem, DATA_GPA, PAGE, false), "errno %d", errno);
+    CHECK(!data[0] && !data[1], "%d", data[0]);
+    close_guest(&g);
+}
+
+static void by_the_shared_bit(void) {
+    struct guest g;
+    uint64_t init[512] = {0};
+
+    CHECK(!open_guest(&g, TDX_VM, 0, SHARED_BIT), "errno %d", errno);
+    g.m.low[DATA_GPA] = 41;
+    CHECK(!command(g.m.vm, INIT_VM, 0, init), "errno %d", errno);
+    CHECK(!command(g.m.vcpu, INIT_VCPU, 0, NULL), "errno %d", errno);
+    CHECK(!measure(&g, 0, MEASURED), "errno %d", errno);
+    CHECK(!measure(&g, DATA_GPA, 2 * PAGE), "errno %d", errno);
+    CHECK(!command(g.m.vm, FINALIZE_VM, 0, NULL), "errno %d", errno);
+    STEP(both_views(&g));
+    close_guest(&g);
 }
 
 int main(void) {
+    static const struct {
+        const char *name;
+        void (*run)(void);
+    } cases[] = {
+        {"launched in place", launched_in_place},
+        {"by the shared bit", by_the_shared_bit},
+    };
+
     open_kvm();
     if (!(capability(kvm, KVM_CAP_VM_TYPES) >> TDX_VM & 1)) skip_all("no TDX");
-    begin_case();
-    launched_in_place();
-    end_case("", "launched in place");
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        begin_case();
+        cases[i].run();
+        end_case("", cases[i].name);
+    }
     return finish();
 }

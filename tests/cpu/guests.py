@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from guestmem.cpu import boot
-from guestmem.cpu.engine import Engine, HostWindow, SliceOver, Stop, Translation
+from guestmem.cpu.engine import Engine, HostWindow, PageBit, SliceOver, Stop, Translation
 
 PAGE = 4096
 SIZE = 16 << 20
@@ -27,7 +27,8 @@ CODE, DATA, STACK, TABLES = 0x1000, 0x5000, 0x8000, 0x100000
 class Memory:
     """16 MiB at guest-physical 0 in a memfd; `denied` and `read_only` hold guest frame numbers."""
 
-    def __init__(self, size: int = SIZE) -> None:
+    def __init__(self, size: int = SIZE, page_bit: PageBit | None = None) -> None:
+        self.page_bit = page_bit
         self._fd = os.memfd_create("guest")
         os.ftruncate(self._fd, size)
         self.bytes = mmap.mmap(self._fd, size)

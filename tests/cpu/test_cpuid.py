@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from guestmem.cpu.cpuid import DEFAULT_CPUID, address_bits, lookup
+from guestmem.cpu.cpuid import DEFAULT_CPUID, default, lookup, physical_bits
+from guestmem.cpu.engine import PageBit
 
 
 def test_default() -> None:
@@ -20,9 +21,20 @@ def test_subleaves() -> None:
     assert lookup(table, 2, 0) == (0, 0, 0, 0)
 
 
-def test_address_bits() -> None:
-    assert address_bits({}) == (52, 0)
-    assert address_bits({(0x8000_0008, 0): (0x3028, 0, 0, 0)}) == (40, 0)
-    sev = {(0x8000_0008, 0): (0x3030, 0, 0, 0), (0x8000_001F, 0): (2, 5 << 6 | 51, 0, 0)}
-    assert address_bits(sev) == (43, 1 << 51)
-    assert address_bits(sev | {(0x8000_001F, 0): (1, 5 << 6 | 51, 0, 0)}) == (48, 0), "SME alone"
+def test_physical_bits() -> None:
+    assert physical_bits({}) == 52
+    assert physical_bits({(0x8000_0008, 0): (0x3028, 0, 0, 0)}) == 40
+
+
+def test_an_snp_guest_finds_its_c_bit() -> None:
+    """As Linux looks for it. Source: arch/x86/boot/compressed/sev.c sev_enable, snp_cpuid."""
+    table = default(PageBit(51, set_is_private=True))
+    assert lookup(table, 0x8000_0000, 0)[0] >= 0x8000_001F
+    eax, ebx, _, _ = lookup(table, 0x8000_001F, 0)
+    assert eax & 0b11010 == 0b11010, "SEV, SEV-ES, SEV-SNP"
+    assert ebx & 0x3F == 51 and ebx >> 6 & 0x3F == 0
+
+
+def test_others_have_no_leaf_of_sev() -> None:
+    for page_bit in (None, PageBit(47, set_is_private=False)):
+        assert lookup(default(page_bit), 0x8000_001F, 0) == (0, 0, 0, 0)

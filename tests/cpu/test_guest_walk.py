@@ -14,6 +14,7 @@ from unicorn import unicorn_const
 
 from guestmem.cpu import uc_native
 from guestmem.cpu.cpu_state import Cpu
+from guestmem.cpu.engine import PageBit
 from guestmem.cpu.guest_walk import (
     CR0_PE,
     CR0_PG,
@@ -203,9 +204,11 @@ def long_tables(leaf: int = RWA | PTE_D | FIRST_DATA * PAGE) -> tuple[Tables, li
     return tables, tables.map(MODES["4-level"], 0, [RWA, RWA, RWA, leaf], 1)
 
 
-def long_paging(cr4: int = 0, ac: bool = False, physical_bits: int = 52, c_bit: int = 0) -> Paging:
+def long_paging(
+    cr4: int = 0, ac: bool = False, physical_bits: int = 52, page_bit: PageBit | None = None, cr3: int = 0
+) -> Paging:
     cr0, efer = CR0_PE | CR0_PG | CR0_WP, EFER_LME | EFER_LMA
-    return Paging(cr0, 0, CR4_PAE | cr4, efer, 0, ac, physical_bits, c_bit)
+    return Paging(cr0, cr3, CR4_PAE | cr4, efer, 0, ac, physical_bits, page_bit)
 
 
 def test_paging_off() -> None:
@@ -257,15 +260,70 @@ def test_pse_36() -> None:
     assert found == GuestPage(0xAB_0092_3000, True, True, True)
 
 
-def test_encryption_bit() -> None:
+C_BIT, SHARED_BIT = PageBit(51, set_is_private=True), PageBit(47, set_is_private=False)
+
+
+@pytest.mark.parametrize("bit", [C_BIT, SHARED_BIT])
+@pytest.mark.parametrize("is_set", [True, False])
+@pytest.mark.parametrize("size", ["4K", "2M"])
+def test_page_bit_of_a_leaf(bit: PageBit, is_set: bool, size: str) -> None:
     """It is no part of the address, and says which kind of page the guest means."""
-    c_bit = 1 << 51
-    paging = long_paging(physical_bits=48, c_bit=c_bit)
-    for private in (True, False):
-        tables, _ = long_tables(RWA | PTE_D | FIRST_DATA * PAGE | (c_bit if private else 0))
-        assert tables.walk(paging, 0, Access.READ) == GuestPage(FIRST_DATA * PAGE, True, True, True, private)
-    assert long_tables(RWA | c_bit)[0].walk(long_paging(physical_bits=48), 0, Access.READ) == WalkFault(14, 9)
-    assert Tables().walk(Paging(0, 0, 0, 0, c_bit=c_bit), 0, Access.READ) == GuestPage(0, True, True, True, True)
+    mask = 1 << bit.position if is_set else 0
+    tables = Tables()
+    if size == "4K":
+        tables.map(MODES["4-level"], 0, [RWA, RWA, RWA, RWA | PTE_D | FIRST_DATA * PAGE | mask], 1)
+    else:
+        tables.map(MODES["4-level"], 0, [RWA, RWA, RWA | PTE_PS | PTE_D | 6 << 21 | mask, 0], 1)
+    gpa = FIRST_DATA * PAGE if size == "4K" else 6 << 21
+    found = tables.walk(long_paging(physical_bits=48, page_bit=bit), 0, Access.WRITE)
+    assert found == GuestPage(gpa, True, True, True, is_set is bit.set_is_private)
+
+
+def test_page_bit_without_the_architecture_is_reserved() -> None:
+    tables, _ = long_tables(RWA | 1 << 51)
+    assert tables.walk(long_paging(physical_bits=48), 0, Access.READ) == WalkFault(14, 9)
+
+
+@pytest.mark.parametrize("bit", [C_BIT, SHARED_BIT])
+def test_without_a_page_bit_in_the_entries_all_is_private(bit: PageBit) -> None:
+    """No paging, and entries of 32 bits. Source: amd-memory-encryption.rst; in a TD the shared bit is out of reach."""
+    assert Tables().walk(Paging(0, 0, 0, 0, page_bit=bit), 0, Access.READ) == GuestPage(0, True, True, True, True)
+    tables = Tables()
+    tables.map(MODES["32-bit"], 0, [RWA | PTE_PS | PTE_D, 0], 1)
+    found = tables.walk(Paging(CR0_PE | CR0_PG, 0, CR4_PSE, 0, page_bit=bit), 0, Access.READ)
+    assert found == GuestPage(0, True, True, True, True)
+
+
+def test_a_c_bit_in_tables_and_for_code_is_not_asked() -> None:
+    """Page walks and fetches are private either way; data in a page of such code is as its leaf says."""
+    paging = long_paging(physical_bits=48, page_bit=C_BIT, cr3=1 << 51)
+    for mask in (0, 1 << 51):
+        tables = Tables()
+        tables.map(MODES["4-level"], 0, [RWA | mask, RWA | mask, RWA | mask, RWA | PTE_D], 1)
+        assert isinstance(found := tables.walk(paging, 0, Access.READ), GuestPage) and found.private is False
+        assert tables.walk(paging, 0, Access.FETCH) == GuestPage(0, False, False, True, True)
+
+
+@pytest.mark.parametrize("level", range(3))
+def test_a_td_has_no_tables_in_shared_memory(level: int) -> None:
+    """From memory: Intel TDX CPU architectural extensions, a page fault with the reserved bit."""
+    tables = Tables()
+    entries = [RWA | (1 << 47 if at == level else 0) for at in range(3)]
+    tables.map(MODES["4-level"], 0, [*entries, RWA | PTE_D], 1)
+    assert tables.walk(long_paging(page_bit=SHARED_BIT), 0, Access.READ) == WalkFault(14, 9)
+
+
+def test_a_td_has_no_root_in_shared_memory() -> None:
+    tables, _ = long_tables()
+    assert tables.walk(long_paging(page_bit=SHARED_BIT, cr3=1 << 47), 0, Access.WRITE) == WalkFault(14, 11)
+
+
+def test_a_td_executes_nothing_in_shared_memory() -> None:
+    """Source: Documentation/arch/x86/tdx.rst and KVM's tdx_handle_ept_violation, to which no such fetch comes."""
+    tables, _ = long_tables(RWA & ~PTE_U | PTE_D | 1 << 47)
+    paging = long_paging(page_bit=SHARED_BIT, cr4=CR4_SMEP)  # as with EFER.NXE, the error code tells a fetch
+    assert isinstance(tables.walk(paging, 0, Access.READ), GuestPage)
+    assert tables.walk(paging, 0, Access.FETCH) == WalkFault(14, 0x19)
 
 
 def test_supervisor_rights() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from guestmem.cpu.cpuid import DEFAULT_CPUID
-from guestmem.cpu.engine import Halt, PortOut, Shutdown, Stage2Miss
+from guestmem.cpu.engine import Halt, PageBit, PortOut, Shutdown, Stage2Miss
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, DATA, PAGE, SIZE, TABLES, Memory, run, start_long
 
 HLT = b"\xf4"
-C_BIT = 51
+C_BIT, SHARED_BIT = PageBit(51, set_is_private=True), PageBit(47, set_is_private=False)
 
 
 def leaf(gpa: int) -> int:
@@ -18,40 +18,64 @@ def leaf(gpa: int) -> int:
     return TABLES + 4 * PAGE + gpa // PAGE * 8
 
 
-class TestEncryption:
-    """A guest with the C-bit, at bit 51 as CPUID tells it."""
+def guest_of(bit: PageBit | None, mask: int) -> tuple[UnicornEngine, Memory]:
+    """mov al, [rdi]; out 0x80, al; RDI at DATA, whose leaf has `mask` in it."""
+    memory = Memory(page_bit=bit)
+    engine = UnicornEngine(memory)
+    start_long(engine, memory, b"\x8a\x07\xe6\x80" + HLT)
+    memory.set_word(leaf(DATA), memory.word(leaf(DATA)) | mask)
+    regs = engine.get_regs()
+    regs.rdi = DATA
+    engine.set_regs(regs)
+    memory.asked.clear()
+    return engine, memory
 
-    def start(self, engine: UnicornEngine, memory: Memory, private: bool) -> None:
-        start_long(engine, memory, b"\x8a\x07\xe6\x80" + HLT)  # mov al, [rdi]; out 0x80, al
-        engine.set_cpuid(DEFAULT_CPUID | {(0x8000_001F, 0): (2, 5 << 6 | C_BIT, 0, 0)})
-        if private:
-            memory.set_word(leaf(DATA), memory.word(leaf(DATA)) | 1 << C_BIT)
-        regs = engine.get_regs()
-        regs.rdi = DATA
-        engine.set_regs(regs)
-        memory.asked.clear()
 
-    @pytest.mark.parametrize("private", [True, False])
-    def test_kinds(self, engine: UnicornEngine, memory: Memory, private: bool) -> None:
+@pytest.mark.parametrize("bit", [C_BIT, SHARED_BIT])
+@pytest.mark.parametrize("private", [True, False])
+class TestPageBit:
+    """A guest whose hardware has a bit in page-table entries for private or shared."""
+
+    def start(self, bit: PageBit, private: bool) -> tuple[UnicornEngine, Memory]:
+        return guest_of(bit, 1 << bit.position if private is bit.set_is_private else 0)
+
+    def test_kinds(self, bit: PageBit, private: bool) -> None:
         """Data is what its leaf says; tables and code are private."""
+        engine, memory = self.start(bit, private)
         memory.write(DATA, b"\x11")
-        self.start(engine, memory, private)
         assert run(engine) == PortOut(0x80, 1, 0x11)
         kinds = {gpa: kind for gpa, _, kind in memory.asked}
         assert kinds[DATA] is private
+        assert kinds[TABLES + PAGE] is True
+        # start_long sets no bit in the leaf of the code: shared, to the C-bit.
         assert kinds[CODE] is True
-        assert all(kinds[TABLES + i * PAGE] is True for i in range(1, 5))
+        engine.close()
+        memory.close()
 
-    @pytest.mark.parametrize("private", [True, False])
-    def test_miss(self, engine: UnicornEngine, memory: Memory, private: bool) -> None:
-        self.start(engine, memory, private)
+    def test_miss(self, bit: PageBit, private: bool) -> None:
+        engine, memory = self.start(bit, private)
         memory.denied.add(DATA // PAGE)
         assert run(engine) == Stage2Miss(DATA, private=private)
+        engine.close()
+        memory.close()
 
-    def test_the_bit_is_reserved_without_sev(self, engine: UnicornEngine, memory: Memory) -> None:
-        self.start(engine, memory, private=True)
-        engine.set_cpuid(DEFAULT_CPUID | {(0x8000_0008, 0): (0x3030, 0, 0, 0)})
-        assert run(engine) == Shutdown()
+
+def test_cpuid_does_not_make_a_page_bit() -> None:
+    """A VMM may copy what the machine has into any VM: the bit is reserved there all the same."""
+    engine, memory = guest_of(None, 1 << 51)
+    engine.set_cpuid(DEFAULT_CPUID | {(0x8000_0008, 0): (0x3030, 0, 0, 0), (0x8000_001F, 0): (2, 51, 0, 0)})
+    assert run(engine) == Shutdown()
+    engine.close()
+    memory.close()
+
+
+def test_code_in_a_shared_page_of_a_td_is_a_page_fault() -> None:
+    engine, memory = guest_of(SHARED_BIT, 0)
+    memory.set_word(leaf(CODE), memory.word(leaf(CODE)) | 1 << 47)
+    assert run(engine) == Shutdown()
+    assert engine.get_sregs().cr2 == CODE
+    engine.close()
+    memory.close()
 
 
 def test_ring_3_and_ring_0_have_entries_of_their_own(engine: UnicornEngine, memory: Memory) -> None:

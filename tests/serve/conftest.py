@@ -18,17 +18,20 @@ Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """build("misuse"): the program of tests/clients/misuse.c."""
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """build("misuse"): the program of tests/clients/misuse.c. build("misuse", "-static") as well, or a skip."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc")
     directory = tmp_path_factory.mktemp("clients")
 
-    def build_client(name: str) -> Path:
-        program = directory / name
+    def build_client(name: str, *more: str) -> Path:
+        program = directory / f"{name}{''.join(more)}"
         if not program.exists():
-            flags = ["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
-            subprocess.run(["gcc", *flags, "-o", program, CLIENTS / f"{name}.c"], check=True)
+            flags = ["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", *more]
+            done = subprocess.run(["gcc", *flags, "-o", program, CLIENTS / f"{name}.c"], check=False)
+            if done.returncode and "-static" in more:
+                pytest.skip("no static libc (libc.a)")
+            assert not done.returncode, f"{name}.c does not compile"
         return program
 
     return build_client

@@ -12,6 +12,7 @@ import pytest
 from tests.serve.conftest import SECONDS, Done
 
 NATIVE = ("gmem_v618", "misuse", "machine")
+PROTECTED = ("snp", "tdx")
 OURS = (
     ("gmem_v618", "v6.18"),
     ("gmem_v618", "v7.3"),
@@ -31,12 +32,21 @@ OURS = (
 
 @pytest.mark.parametrize(("client", "abi"), OURS)
 def test_a_client_passes_under_guestmem_run(
-    client: str, abi: str, build: Callable[[str], Path], guestmem: Callable[..., Done]
+    client: str, abi: str, build: Callable[..., Path], guestmem: Callable[..., Done]
 ) -> None:
     done = guestmem("--abi", abi, "--", build(client))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not ok" not in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("client", PROTECTED)
+def test_a_static_client_launches_a_protected_guest(
+    client: str, build: Callable[..., Path], guestmem: Callable[..., Done]
+) -> None:
+    done = guestmem("--", build(client, "-static"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not ok" not in done.stdout and "# SKIP" not in done.stdout
 
 
 @pytest.mark.parametrize("client", NATIVE)

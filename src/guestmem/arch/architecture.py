@@ -18,6 +18,7 @@ import enum
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+from guestmem.cpu.engine import PageBit
 from guestmem.memory import Pfn
 
 
@@ -74,6 +75,14 @@ class GuestArchitecture(Protocol):
     """
 
     has_tables: bool
+
+    @property
+    def page_bit(self) -> PageBit | None:
+        """The bit of the guest's page tables that says private or shared, for engines; None where they have none.
+
+        None for realms and pKVM guests as well, in which the top bit of an address says it: engines are x86.
+        """
+        ...
 
     @property
     def launched(self) -> bool:

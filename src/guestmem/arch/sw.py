@@ -44,6 +44,7 @@ class SoftwareGuest:
     """A virtual machine of such a platform. With `scramble` a page has other bytes after a conversion, either way."""
 
     launched = True
+    page_bit = None
 
     def __init__(self, scramble: bool) -> None:
         self.has_tables = scramble

@@ -68,7 +68,7 @@ CONSTANTS: dict[type, frozenset[str]] = {
     SoftwareGuest: frozenset({"has_tables"}),
     Splits: frozenset({"_parts", "orders", "whole"}),
     ScriptedEngine: frozenset({"_memory", "script"}),
-    Stage2: frozenset({"_flush", "_tracer", "_vm", "check_access"}),
+    Stage2: frozenset({"_flush", "_tracer", "_vm", "check_access", "page_bit"}),
     Subpool: frozenset({"huge", "pool"}),
     Unit: frozenset({"source"}),
     Userspace: frozenset({"new_backing", "pool", "scheduler", "tracer"}),

@@ -47,7 +47,10 @@ class Unconfirmable(Exception):
 
 
 class _WithCode:
-    """Stage 2 with the harness's page in it."""
+    """Stage 2 with the harness's page in it. Without a page bit, which would say what real mode cannot: that an access
+    is of the kind that the page has."""
+
+    page_bit = None
 
     def __init__(self, memory: GuestMemory, code: int) -> None:
         self._memory = memory

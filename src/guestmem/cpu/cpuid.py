@@ -1,11 +1,11 @@
-"""CPUID: the default table, the lookup, and what the engine itself takes from it.
+"""CPUID: the default tables, the lookup, and what the engine itself takes from it.
 
 The default describes what Unicorn executes (QEMU 5's TCG: SSE4.2 and BMI, no AVX), under KVM's signature.
 """
 
 from __future__ import annotations
 
-from guestmem.cpu.engine import CpuidTable
+from guestmem.cpu.engine import CpuidTable, PageBit
 
 _INDEXED = frozenset((4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1D, 0x1E, 0x1F, 0x8000_001D, 0x8000_0026))
 
@@ -42,6 +42,20 @@ DEFAULT_CPUID: CpuidTable = {
 """Vendor AuthenticAMD, long mode, 48 physical and 57 linear bits, the signature of KVM at leaf 0x40000000."""
 
 
+def default(page_bit: PageBit | None) -> CpuidTable:
+    """The table of a guest with this page bit: SEV, SEV-ES, SEV-SNP and the place of the C-bit for one of SNP.
+
+    Source: AMD APM vol. 3, Fn8000_001F; arch/x86/kvm/cpuid.c __do_cpuid_func, which gives 0 for the bits that
+    encryption takes from the physical address. A TD finds its bit by TDCALL.
+    """
+    if page_bit is None or not page_bit.set_is_private:
+        return DEFAULT_CPUID
+    return DEFAULT_CPUID | {
+        (0x8000_0000, 0): (0x8000_001F, *DEFAULT_CPUID[0x8000_0000, 0][1:]),
+        (0x8000_001F, 0): (_bits(1, 3, 4), page_bit.position, 0, 0),
+    }
+
+
 def lookup(table: CpuidTable, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     """EAX, EBX, ECX, EDX; zeros for a leaf that the table does not have."""
     answer = table.get((leaf, subleaf))
@@ -50,14 +64,6 @@ def lookup(table: CpuidTable, leaf: int, subleaf: int) -> tuple[int, int, int, i
     return answer or (0, 0, 0, 0)
 
 
-def address_bits(table: CpuidTable) -> tuple[int, int]:
-    """MAXPHYADDR, and the mask of the encryption bit in page-table entries (0 without SEV).
-
-    Source: AMD APM vol. 3, Fn8000_0008 EAX and Fn8000_001F EAX[1], EBX[5:0] (place of the bit), EBX[11:6] (bits that
-    encryption takes from the physical address).
-    """
-    physical = lookup(table, 0x8000_0008, 0)[0] & 0xFF or 52
-    eax, ebx, _, _ = lookup(table, 0x8000_001F, 0)
-    if not eax & 2:
-        return physical, 0
-    return physical - (ebx >> 6 & 63), 1 << (ebx & 63)
+def physical_bits(table: CpuidTable) -> int:
+    """MAXPHYADDR; 52 where the table does not say. Source: AMD APM vol. 3, Fn8000_0008 EAX."""
+    return lookup(table, 0x8000_0008, 0)[0] & 0xFF or 52

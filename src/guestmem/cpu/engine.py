@@ -43,14 +43,34 @@ class Translation(NamedTuple):
         return self.writable
 
 
+class PageBit(NamedTuple):
+    """The bit of a page-table entry with which a guest says which kind of page it means. No part of the address.
+
+    With `set_is_private` it is the C-bit of an SNP guest: page walks and fetches are private whatever it says. Else it
+    is the shared bit of a TD, to which neither tables nor code may be shared. Where entries have no such bit (no
+    paging, entries of 32 bits) every access is private.
+
+    Source: AMD APM vol. 2, 15.34.5; Documentation/arch/x86/amd-memory-encryption.rst. Intel TDX module base
+    specification, "GPA space"; Documentation/arch/x86/tdx.rst.
+    """
+
+    position: int
+    set_is_private: bool
+
+
 class GuestMemory(Protocol):
     """Stage 2 as an engine asks it."""
+
+    @property
+    def page_bit(self) -> PageBit | None:
+        """The guest's, given by the hardware that protects it; None where a guest cannot say. Never changes."""
+        ...
 
     def translate(self, gpa: int, write: bool, private: bool | None) -> Translation | None:
         """The 4K page of `gpa`, or None if stage 2 does not map it for such an access. Never waits.
 
-        `private` is the kind that the guest itself asserts (the C-bit of SNP); None where the guest cannot, and the
-        attribute of the page decides.
+        `private` is the kind that the guest itself asserts, by its `page_bit`; None where it cannot, and the attribute
+        of the page decides.
         """
         ...
 

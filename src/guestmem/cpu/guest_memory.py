@@ -44,13 +44,14 @@ class GuestFault(Exception):
 
 
 class GuestPhysical:
-    """Stage 2 and the pages that it gave. `tables_private` is the kind of page-table pages: True with SEV."""
+    """Stage 2 and the pages that it gave. `tables_private` is the kind of page-table pages: private, or None."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._pages: dict[tuple[int, bool | None], Translation] = {}
         self._tables: dict[int, memoryview[int]] = {}
-        self.tables_private: bool | None = None
+        self.page_bit = memory.page_bit
+        self.tables_private = True if self.page_bit else None
 
     def flush(self) -> None:
         """Forget the pages: the next access to each asks stage 2 again."""

@@ -5,8 +5,8 @@ table that stage 2 does not hold is a `TableMiss`, not a fault of the guest. The
 the walk goes through it, that of the leaf and its dirty bit when the access is allowed. A read through a clean leaf is
 answered as not writable, so that the first write walks again and sets the dirty bit.
 
-Source: Intel SDM vol. 3, chapter 5 "Paging"; AMD APM vol. 2, 15.34 for the encryption bit. Not modelled: protection
-keys, and the cache of PDPTEs that PAE paging loads with CR3 (they are read at each walk).
+Source: Intel SDM vol. 3, chapter 5 "Paging"; engine.PageBit for the bit that says private or shared. Not modelled:
+protection keys, and the cache of PDPTEs that PAE paging loads with CR3 (they are read at each walk).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
+
+from guestmem.cpu.engine import PageBit
 
 CR0_PE, CR0_WP, CR0_PG = 1 << 0, 1 << 16, 1 << 31
 CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 12, 1 << 20, 1 << 21
@@ -37,7 +39,7 @@ class Access(enum.Enum):
 class GuestPage(NamedTuple):
     """A translation: `gpa` of the 4K page, and what the same privilege level may do there without another walk.
 
-    `private` is the encryption bit of the leaf, None in a guest that has none.
+    `private` is what the page bit of the leaf says, None in a guest that has none.
     """
 
     gpa: int
@@ -70,10 +72,24 @@ class Paging:
     """What a translation depends on besides the tables. Immutable; one instance serves many walks.
 
     `ac` is EFLAGS.AC, which suspends SMAP; an implicit supervisor access (descriptor tables, the frame of an exception)
-    passes False and `cpl` 0. `physical_bits` is MAXPHYADDR; `c_bit` is the mask of the encryption bit, 0 without SEV.
+    passes False and `cpl` 0. `physical_bits` is MAXPHYADDR. `no_table` are the bits that no entry with a table under
+    it may have: the shared bit of a TD.
     """
 
-    __slots__ = ("ac", "address_mask", "c_bit", "cpl", "cr0", "cr3", "cr4", "efer", "physical_bits", "reserved")
+    __slots__ = (
+        "ac",
+        "address_mask",
+        "cpl",
+        "cr0",
+        "cr3",
+        "cr4",
+        "efer",
+        "mask",
+        "no_table",
+        "page_bit",
+        "physical_bits",
+        "reserved",
+    )
 
     def __init__(
         self,
@@ -84,13 +100,15 @@ class Paging:
         cpl: int = 0,
         ac: bool = False,
         physical_bits: int = 52,
-        c_bit: int = 0,
+        page_bit: PageBit | None = None,
     ) -> None:
         self.cr0, self.cr3, self.cr4, self.efer = cr0, cr3, cr4, efer
         self.cpl, self.ac = cpl, ac
-        self.physical_bits, self.c_bit = physical_bits, c_bit
-        self.address_mask = PTE_ADDRESS & ~c_bit
-        beyond = PTE_ADDRESS & ~((1 << physical_bits) - 1) & ~c_bit
+        self.physical_bits, self.page_bit = physical_bits, page_bit
+        self.mask = 1 << page_bit.position if page_bit else 0
+        self.no_table = 0 if page_bit is None or page_bit.set_is_private else self.mask
+        self.address_mask = PTE_ADDRESS & ~self.mask
+        beyond = PTE_ADDRESS & ~((1 << physical_bits) - 1) & ~self.mask
         self.reserved = beyond if efer & EFER_NXE else beyond | PTE_NX
 
     @property
@@ -102,7 +120,12 @@ class Paging:
         """The same address space for an implicit supervisor access."""
         if self.cpl == 0 and not self.ac:
             return self
-        return Paging(self.cr0, self.cr3, self.cr4, self.efer, 0, False, self.physical_bits, self.c_bit)
+        return Paging(self.cr0, self.cr3, self.cr4, self.efer, 0, False, self.physical_bits, self.page_bit)
+
+    @property
+    def without_bit(self) -> bool | None:
+        """The kind of an access through entries that have no page bit."""
+        return True if self.page_bit else None
 
 
 def walk(paging: Paging, linear: int, access: Access, read64: Read64, write64: Write64) -> Walk:
@@ -112,7 +135,7 @@ def walk(paging: Paging, linear: int, access: Access, read64: Read64, write64: W
     stores them and says whether stage 2 let it.
     """
     if not paging.cr0 & CR0_PG:
-        return GuestPage(linear & 0xFFFF_F000, True, True, True, True if paging.c_bit else None)
+        return GuestPage(linear & 0xFFFF_F000, True, True, True, paging.without_bit)
     if not paging.cr4 & CR4_PAE:
         return _walk_32(paging, linear, access, read64, write64)
     if paging.efer & EFER_LMA:
@@ -120,6 +143,8 @@ def walk(paging: Paging, linear: int, access: Access, read64: Read64, write64: W
         sign = linear >> (top + 8)
         if sign and sign != (1 << (56 - top)) - 1:
             return WalkFault(GP_VECTOR, 0)
+        if paging.cr3 & paging.no_table:
+            return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
         return _walk_64(paging, paging.cr3 & paging.address_mask, top, linear, access, read64, write64, paging.reserved)
     pdpte_gpa = (paging.cr3 & 0xFFFF_FFE0) + (linear >> 30 & 3) * 8
     pdpte = read64(pdpte_gpa)
@@ -128,7 +153,7 @@ def walk(paging: Paging, linear: int, access: Access, read64: Read64, write64: W
     reserved = paging.reserved | 0x7FF0_0000_0000_0000
     if not pdpte & PTE_P:
         return _page_fault(paging, access, 0)
-    if pdpte & (reserved | PTE_NX):
+    if pdpte & (reserved | PTE_NX | paging.no_table):
         return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
     return _walk_64(paging, pdpte & paging.address_mask, 21, linear, access, read64, write64, reserved)
 
@@ -157,7 +182,7 @@ def _walk_64(
         if shift == 12 or (entry & PTE_PS and shift <= 30):
             break
         # An entry of the two top levels has no page size bit: it is reserved there.
-        if entry & (reserved | PTE_PS):
+        if entry & (reserved | PTE_PS | paging.no_table):
             return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
         if not entry & PTE_A and not write64(gpa, entry | PTE_A):
             return TableMiss(gpa, True)
@@ -166,7 +191,9 @@ def _walk_64(
     # Bit 12 of a large leaf is its PAT bit; the address bits between it and the page size are reserved.
     if entry & (reserved | (((1 << shift) - 1) & ~0x1FFF)):
         return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
-    page = _leaf(paging, access, entry, allowed, nx, (entry & paging.address_mask) >> shift << shift, linear, shift)
+    private = bool(entry & paging.mask) is paging.page_bit.set_is_private if paging.page_bit else None
+    base = (entry & paging.address_mask) >> shift << shift
+    page = _leaf(paging, access, entry, allowed, nx, base, linear, shift, private)
     if isinstance(page, GuestPage):
         used = entry | (PTE_A | PTE_D if access is Access.WRITE else PTE_A)
         if used != entry and not write64(gpa, used):
@@ -197,7 +224,7 @@ def _walk_32(paging: Paging, linear: int, access: Access, read64: Read64, write6
         if not entry & PTE_P:
             return _page_fault(paging, access, 0)
         allowed, shift, base = allowed & entry, 12, entry & 0xFFFF_F000
-    page = _leaf(paging, access, entry, allowed, 0, base, linear, shift)
+    page = _leaf(paging, access, entry, allowed, 0, base, linear, shift, paging.without_bit)
     if isinstance(page, GuestPage):
         used = entry | (PTE_A | PTE_D if access is Access.WRITE else PTE_A)
         if used != entry and not _write32(read64, write64, gpa, used):
@@ -206,7 +233,15 @@ def _walk_32(paging: Paging, linear: int, access: Access, read64: Read64, write6
 
 
 def _leaf(
-    paging: Paging, access: Access, entry: int, allowed: int, nx: int, base: int, linear: int, shift: int
+    paging: Paging,
+    access: Access,
+    entry: int,
+    allowed: int,
+    nx: int,
+    base: int,
+    linear: int,
+    shift: int,
+    private: bool | None,
 ) -> GuestPage | WalkFault:
     """Check the rights of all levels (`allowed`, `nx`) against the access; `base` is the page's first byte."""
     user = bool(allowed & PTE_U)
@@ -221,9 +256,14 @@ def _leaf(
     permitted = readable if access is Access.READ else writable if access is Access.WRITE else executable
     if not permitted:
         return _page_fault(paging, access, PF_PRESENT)
+    gpa = base | (linear & ((1 << shift) - 1) & ~0xFFF)
+    if access is Access.FETCH and private is False:
+        if paging.no_table:
+            return _page_fault(paging, access, PF_PRESENT | PF_RESERVED)
+        # Code is private whatever the C-bit says; data in the same page is as it says.
+        return GuestPage(gpa, False, False, True, True)
     writable = writable and (access is Access.WRITE or bool(entry & PTE_D))
-    private = bool(entry & paging.c_bit) if paging.c_bit else None
-    return GuestPage(base | (linear & ((1 << shift) - 1) & ~0xFFF), readable, writable, executable, private)
+    return GuestPage(gpa, readable, writable, executable, private)
 
 
 def _page_fault(paging: Paging, access: Access, code: int) -> WalkFault:

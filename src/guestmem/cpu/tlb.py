@@ -54,7 +54,7 @@ class Tlb:
         self._physical = GuestPhysical(memory)
         self.code = CodeWatch()
         self.mmio: frozenset[int] = frozenset()
-        self._physical_bits, self._c_bit = 52, 0
+        self._physical_bits = 52
         self.refused_access = Access.READ
         self._fills, self._entries = 0, _ENTRIES_MIN
         self._fetched: dict[int, int] = {}
@@ -62,10 +62,9 @@ class Tlb:
         self._paging = Paging(0, 0, 0, 0)
         core.hook(HOOK_TLB_FILL, uc_native.FillHook(core.guard(self._fill, False)))
 
-    def set_address_bits(self, physical_bits: int, c_bit: int) -> None:
-        """MAXPHYADDR and the encryption bit, from CPUID."""
-        self._physical_bits, self._c_bit = physical_bits, c_bit
-        self._physical.tables_private = True if c_bit else None
+    def set_physical_bits(self, physical_bits: int) -> None:
+        """MAXPHYADDR, from CPUID."""
+        self._physical_bits = physical_bits
         self.flush()
 
     def flush(self) -> None:
@@ -105,7 +104,7 @@ class Tlb:
 
     def _paging_of(self, eflags: int, hflags: int, cr: Any, efer: int) -> Paging:
         ac = bool(eflags & _RFLAGS_AC)
-        return Paging(cr[0], cr[3], cr[4], efer, hflags & 3, ac, self._physical_bits, self._c_bit)
+        return Paging(cr[0], cr[3], cr[4], efer, hflags & 3, ac, self._physical_bits, self._physical.page_bit)
 
     def _fill(self, _uc: int, linear: int, kind: int, entry: Any, _data: int) -> bool:
         core = self._core
@@ -135,9 +134,6 @@ class Tlb:
         if not isinstance(found, GuestPage):
             return GuestFault(found.vector, found.error_code)
         write = access is Access.WRITE
-        if found.private is False and access is Access.FETCH:
-            # Code is private whatever the C-bit says (AMD APM vol. 2, 15.34.5); data in the same page is as it says.
-            found = GuestPage(found.gpa, False, False, True, True)
         page = physical.page(found.gpa, write, found.private)
         if page is None:
             if found.gpa in self.mmio and found.gpa < MMIO_BASE and access is not Access.FETCH:

@@ -31,7 +31,7 @@ class UnicornEngine(UnicornState):
         super().__init__(Vcpu(memory))
         self._asked: Stop | None = None
         self._next: Stop | None = None
-        self.set_cpuid(cpuid.DEFAULT_CPUID)
+        self.set_cpuid(cpuid.default(memory.page_bit))
         self.set_sregs(Sregs())
         # RDX after reset is the signature of the processor; KVM gives 0x600 before it knows one.
         self.set_regs(Regs(rip=0xFFF0, rdx=0x600))
@@ -98,10 +98,10 @@ class UnicornEngine(UnicornState):
         self._vcpu.tlb.flush()
 
     def set_cpuid(self, table: CpuidTable) -> None:
-        """What CPUID answers. MAXPHYADDR and the place of the C-bit follow from it."""
+        """What CPUID answers. MAXPHYADDR follows from it; the page bit does not, which is the hardware's."""
         self._check_open()
         self._vcpu.instructions.msrs.cpuid = dict(table)
-        self._vcpu.tlb.set_address_bits(*cpuid.address_bits(table))
+        self._vcpu.tlb.set_physical_bits(cpuid.physical_bits(table))
 
     def get_regs(self) -> Regs:
         """The general registers. At a stop that repeats its instruction, those before the instruction."""

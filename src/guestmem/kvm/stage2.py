@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from guestmem.cpu.engine import HostWindow, Translation
+from guestmem.cpu.engine import HostWindow, PageBit, Translation
 from guestmem.kvm.addresses import Gfn, gfn_of
 from guestmem.memory import PAGE_SHIFT, Access, PageTable, Pfn, Range, Window
 from guestmem.sched import Lock, LockClass, Scheduler
@@ -44,6 +44,8 @@ class Stage2:
         self.tables: dict[Access, PageTable[Gfn, Leaf]] = {access: PageTable() for access in Access}
         self.check_access: Callable[[Gfn, Pfn, int, bool], bool] | None = None
         """What the hardware checks besides the leaf, at each access through a private one."""
+        self.page_bit: PageBit | None = None
+        """Of the guest's own tables. Frames are without it: what it says is which of ours an access goes through."""
         self._flush = flush
         self._tracer = tracer
         self._vm = vm

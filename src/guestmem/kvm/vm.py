@@ -130,6 +130,7 @@ class Kvm:
         self.srcu = Srcu(scheduler, f"kvm->srcu vm {number}")
         self.memslots = SlotTable()
         self.stage2 = Stage2(scheduler, self.tracer, number, self._flush_tlbs)
+        self.stage2.page_bit = self.machine.architecture.page_bit
         if self.machine.architecture.has_tables:
             self.stage2.check_access = self._check_access
         self.attributes: Attributes[Gfn] = Attributes(1 << (MAX_PHYSICAL_ADDRESS_BITS - 12), Access.SHARED)
@@ -158,8 +159,8 @@ class Kvm:
     @property
     def guest_access_follows_state(self) -> bool:
         """Whether an access that asserts nothing is what the page's state says. So where VMs have private memory: the
-        software-protected have no bit to assert with, and an engine that knows no such bit asserts nothing. A default
-        VM's accesses are shared. Source: kvm_mmu_page_fault()."""
+        software-protected have no bit to assert with, nor has a script that leaves it out. A default VM's accesses
+        are shared. Source: kvm_mmu_page_fault()."""
         return self.has_private_memory
 
     @property

@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import struct
 
-from guestmem.cpu.cpuid import DEFAULT_CPUID
+from guestmem.arch.snp import C_BIT
+from guestmem.cpu import cpuid
 from guestmem.cpu.msrs import SAVED
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, kvm_run
@@ -49,7 +50,9 @@ async def _get_vcpu_mmap_size(call: Call, argument: int) -> int:
 
 
 async def _get_supported_cpuid(call: Call, argument: int) -> int:
-    await write_cpuid(call, argument, DEFAULT_CPUID)
+    """With the leaf of SEV where there are SNP VMs, whatever VM it is for. Source: sev_set_cpu_caps."""
+    has_snp = capabilities.vm_types(call.server.host.level) >> VmType.SNP & 1
+    await write_cpuid(call, argument, cpuid.default(C_BIT if has_snp else None))
     return 0
 
 

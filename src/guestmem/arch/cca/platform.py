@@ -97,6 +97,7 @@ class CcaGuest:
     """A realm. It exists from `start` on; `number` is its VMID."""
 
     has_tables = True
+    page_bit = None
 
     def __init__(self, platform: CcaPlatform, number: int, generation: int) -> None:
         self.number = number

@@ -61,6 +61,7 @@ class PkvmGuest:
     """A protected VM. The hypervisor knows it from its first page on, or from `start`."""
 
     has_tables = True
+    page_bit = None
 
     def __init__(self, platform: PkvmPlatform, number: int, generation: int) -> None:
         self.number = number

@@ -18,7 +18,11 @@ from guestmem.arch.snp.digest import VMSA_GPA, PageType, extend
 from guestmem.arch.snp.firmware import Context, Firmware, GuestState, SevStatus
 from guestmem.arch.snp.rmp import READ, WRITE, Fault, Rmp, State, Status
 from guestmem.arch.snp.vmsa import vmsa_page
+from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Pfn, read_host, write_host
+
+C_BIT = PageBit(51, set_is_private=True)
+"""Of processors from Milan on; the first that had SEV have bit 47. Source: CPUID Fn8000_001F EBX[5:0]."""
 
 
 class SnpPlatform:
@@ -86,6 +90,7 @@ class SnpGuest:
     """One SNP virtual machine: an ASID, and from `start` on a guest context."""
 
     has_tables = True
+    page_bit = C_BIT
 
     def __init__(self, platform: SnpPlatform, asid: int, generation: int) -> None:
         self.platform = platform

@@ -19,10 +19,13 @@ from guestmem.arch.tdx.manage import TDCS_PAGES
 from guestmem.arch.tdx.memory_calls import MemoryCalls
 from guestmem.arch.tdx.pamt import PageType
 from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_ROOT, OpState, Sept, Td
+from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
 
 NOT_MEASURED = 1
 """Kind of a page that is added and not measured: KVM_TDX_INIT_MEM_REGION without KVM_TDX_MEASURE_MEMORY_REGION."""
+SHARED_BIT = PageBit(47, set_is_private=False)
+"""The top bit of a guest-physical address of 48 bits (GPAW 0), which is what a Secure EPT of four levels goes with."""
 _ZEROS = bytes(PAGE_SIZE)
 
 
@@ -79,6 +82,7 @@ class TdxGuest:
     """A TD. It exists from `start` on; `number` is its HKID. `gfns` has where each leaf is, by its first page."""
 
     has_tables = True
+    page_bit = SHARED_BIT
 
     def __init__(self, platform: TdxPlatform, number: int, generation: int) -> None:
         self.number = number
