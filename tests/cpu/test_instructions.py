@@ -1,39 +1,14 @@
-"""Hypercalls, CPUID, SYSCALL and INT3, by guests that execute them."""
+"""CPUID, SYSCALL and INT3, by guests that execute them."""
 
 from __future__ import annotations
 
 import pytest
 
-from guestmem.cpu.engine import Halt, Hypercall, PortOut, Shutdown
+from guestmem.cpu.engine import Halt, PortOut, Shutdown
 from guestmem.cpu.unicorn import UnicornEngine
-from tests.cpu.guests import CODE, PAGE, Memory, assemble, run, start_long, start_real
+from tests.cpu.guests import CODE, Memory, assemble, run, start_long
 
 HLT = b"\xf4"
-VMCALL, VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
-
-
-@pytest.mark.parametrize("instruction", [VMCALL, VMMCALL])
-def test_hypercall(engine: UnicornEngine, memory: Memory, instruction: bytes) -> None:
-    start_long(engine, memory, instruction + HLT)
-    regs = engine.get_regs()
-    regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi = 12, 1 << 63, 3, 4, 5
-    engine.set_regs(regs)
-    assert run(engine) == Hypercall(12, (1 << 63, 3, 4, 5), cpl=0)
-    assert engine.get_regs().rip == CODE + 3
-    engine.complete((1 << 64) - 1000)
-    assert run(engine) == Halt()
-    after = engine.get_regs()
-    assert (after.rax, after.rbx, after.rip) == ((1 << 64) - 1000, 1 << 63, CODE + 4)
-
-
-def test_hypercall_outside_of_64_bit_code_is_cut_to_32(engine: UnicornEngine, memory: Memory) -> None:
-    start_real(engine, memory, VMCALL + HLT)
-    regs = engine.get_regs()
-    regs.rax, regs.rsi = 0xFFFF_FFFF_0000_0001, 1 << 40
-    engine.set_regs(regs)
-    assert run(engine) == Hypercall(1, (0, 0, 0, 0))
-    engine.complete(-1)
-    assert engine.get_regs().rax == 0xFFFF_FFFF
 
 
 def test_cpuid(engine: UnicornEngine, memory: Memory) -> None:
@@ -76,21 +51,6 @@ def test_amd64_syscall_and_back(engine: UnicornEngine, memory: Memory) -> None:
     assert regs.rcx == CODE + code.index(b"\x0f\x05") + 2
     assert (regs.r11, regs.rflags) == (0x202, 2)
     assert (sregs.cs.selector, sregs.cs.dpl, sregs.ss.selector, sregs.ss.dpl) == (8, 0, 16, 0)
-
-
-def test_hypercall_from_ring_3_says_so(engine: UnicornEngine, memory: Memory) -> None:
-    start_long(engine, memory, VMMCALL)
-    sregs = engine.get_sregs()
-    sregs.cs.dpl = sregs.ss.dpl = 3
-    engine.set_sregs(sregs)
-    assert run(engine) == Hypercall(0, (0, 0, 0, 0), cpl=3)
-
-
-def test_hypercall_across_two_pages(engine: UnicornEngine, memory: Memory) -> None:
-    start_long(engine, memory, VMCALL + HLT, 2 * PAGE - 1)
-    assert run(engine) == Hypercall(0, (0, 0, 0, 0))
-    assert engine.get_regs().rip == 2 * PAGE + 2
-    assert run(engine) == Halt()
 
 
 @pytest.mark.parametrize(("code", "length"), [(b"\xcc", 1), (b"\xcd\x03", 2)], ids=["int3", "int 3"])

@@ -243,7 +243,7 @@ class Engine(Protocol):
         ...
 
     def complete(self, value: int) -> None:
-        """The value that the last PortIn, MmioRead or Hypercall asked for. Its instruction is finished at once.
+        """The value that the last stop asked for, if its docstring says so. Its instruction is finished at once.
 
         If the instruction meets another stop (a second access, a page that stage 2 does not hold), the next run returns
         that. So a VMM may leave the guest after `complete`, as KVM_RUN with immediate_exit does.
@@ -251,7 +251,11 @@ class Engine(Protocol):
         ...
 
     def raise_exception(self, vector: int, error_code: int) -> None:
-        """The instruction of the last Pvalidate, Rmpadjust or Tdcall raises an exception in the guest instead."""
+        """The instruction of the last stop raises an exception in the guest instead, delivered at it.
+
+        For what `complete` would answer, and for an access that missed stage 2. `error_code` is used where the vector
+        has one: #VC (29) has.
+        """
         ...
 
     def flush_tlb(self) -> None:

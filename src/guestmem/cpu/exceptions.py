@@ -7,8 +7,8 @@ Nothing of `regs` and `sregs` changes before the last memory access is done, so 
 repeated as a whole.
 
 Source: Intel SDM vol. 3, chapter 7 "Interrupt and exception handling" (double faults: tables 7-4 and 7-5), and vol. 2,
-"INT n". Not modelled: task gates and virtual-8086 mode (both are `Unsupported`), shadow stacks, segment limits of
-stacks.
+"INT n"; AMD APM vol. 2, 15.35.5 for #VC, which makes no double fault here. Not modelled: task gates and virtual-8086
+mode (both are `Unsupported`), shadow stacks, segment limits of stacks.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from guestmem.cpu.guest_memory import GuestFault, LinearMemory
 from guestmem.cpu.guest_walk import CR0_PE, EFER_LMA
 from guestmem.cpu.registers import DescriptorTable, Regs, Segment, Sregs
 
-DB, NMI, BP, OF, UD, DF, TS, NP, SS, GP, PF = 1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14
-_WITH_ERROR_CODE = frozenset((DF, TS, NP, SS, GP, PF, 17, 21))
+DB, NMI, BP, OF, UD, DF, TS, NP, SS, GP, PF, VC = 1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14, 29
+_WITH_ERROR_CODE = frozenset((DF, TS, NP, SS, GP, PF, 17, 21, VC))
 _CONTRIBUTORY = frozenset((0, TS, NP, SS, GP))
-_FAULTS = frozenset((0, 5, UD, 7, TS, NP, SS, GP, PF, 16, 17, 19))
+_FAULTS = frozenset((0, 5, UD, 7, TS, NP, SS, GP, PF, 16, 17, 19, VC))
 
 RFLAGS_TF, RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_VM = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17
 _CLEARED = RFLAGS_TF | RFLAGS_NT | RFLAGS_RF | RFLAGS_VM

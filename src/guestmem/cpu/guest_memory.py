@@ -50,8 +50,7 @@ class GuestPhysical:
         self._memory = memory
         self._pages: dict[tuple[int, bool | None], Translation] = {}
         self._tables: dict[int, memoryview[int]] = {}
-        self.page_bit = memory.page_bit
-        self.tables_private = True if self.page_bit else None
+        self.tables_private = True if memory.page_bit else None
 
     def flush(self) -> None:
         """Forget the pages: the next access to each asks stage 2 again."""
@@ -111,6 +110,19 @@ class LinearMemory:
         """`size` bytes of code, with the rights of the code that executes."""
         return self._load(self._paging, address, size, Access.FETCH)
 
+    def page(self, address: int, access: Access) -> GuestPage:
+        """What the guest's tables have for `address`, with the rights of the code that executes."""
+        return self._walk(self._paging, address, access)
+
+    def _walk(self, paging: Paging, address: int, access: Access) -> GuestPage:
+        physical = self._physical
+        found = walk(paging, address, access, physical.read64, physical.write64)
+        if isinstance(found, TableMiss):
+            raise Stage2Refused(found.gpa, found.write, private=physical.tables_private)
+        if not isinstance(found, GuestPage):
+            raise GuestFault(found.vector, found.error_code, address)
+        return found
+
     def _load(self, paging: Paging, address: int, size: int, access: Access) -> bytes:
         data = b""
         while len(data) < size:
@@ -130,13 +142,8 @@ class LinearMemory:
         """Where on the host `address` is, and how many of `size` bytes its page holds."""
         write = access is Access.WRITE
         address &= 0xFFFF_FFFF_FFFF_FFFF if paging.long_mode else 0xFFFF_FFFF
-        physical = self._physical
-        found = walk(paging, address, access, physical.read64, physical.write64)
-        if isinstance(found, TableMiss):
-            raise Stage2Refused(found.gpa, found.write, private=physical.tables_private)
-        if not isinstance(found, GuestPage):
-            raise GuestFault(found.vector, found.error_code, address)
-        page = physical.page(found.gpa, write, found.private)
+        found = self._walk(paging, address, access)
+        page = self._physical.page(found.gpa, write, found.private)
         offset = address & PAGE - 1
         if page is None:
             raise Stage2Refused(found.gpa + offset, write, access is Access.FETCH, found.private)

@@ -1,8 +1,7 @@
-"""Instructions that Unicorn leaves to its user: CPUID, RDTSC, MSRs, VMCALL and VMMCALL, SYSCALL and SYSENTER, INT.
+"""Instructions that Unicorn leaves to its user: CPUID, RDTSC, MSRs, SYSCALL and SYSENTER, INT. See also `guest_calls`.
 
 CPUID and RDTSC are answered from inside of their hook. RDMSR and WRMSR are exits of the CPU, and done here. SYSCALL
-ends the pass, because it changes segments. A hypercall is an invalid instruction to Unicorn, so it is looked at where
-it stands.
+ends the pass, because it changes segments.
 """
 
 from __future__ import annotations
@@ -10,27 +9,25 @@ from __future__ import annotations
 from unicorn import x86_const
 
 from guestmem.cpu import cpuid, fast_calls, uc_native
-from guestmem.cpu.cpu_state import HF_CPL, HF_CS64, HF_INHIBIT_IRQ
-from guestmem.cpu.engine import Hypercall
+from guestmem.cpu.cpu_state import HF_INHIBIT_IRQ
 from guestmem.cpu.exceptions import BP, GP, OF, RFLAGS_RF, Event
-from guestmem.cpu.guest_memory import GuestFault, Stage2Refused
+from guestmem.cpu.guest_memory import GuestFault
 from guestmem.cpu.msrs import Msrs
 from guestmem.cpu.tlb import Tlb
 from guestmem.cpu.uc_core import HOOK_INSTRUCTION, Core, Signal
 from guestmem.cpu.x86_env import GENERAL, SEGMENTS
 
-_VMCALL, _VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
 _INT3, _INTO = b"\xcc", b"\xce"
 _TWO_BYTES, _RDMSR = 0x0F, 0x32
 _CS = SEGMENTS.index("cs")
-_RAX, _RCX, _RDX, _RBX, _RSI = (GENERAL.index(name) for name in ("rax", "rcx", "rdx", "rbx", "rsi"))
+_RAX, _RCX, _RDX = (GENERAL.index(name) for name in ("rax", "rcx", "rdx"))
 _CPUID_ANSWER = (
     x86_const.UC_X86_REG_RAX,
     x86_const.UC_X86_REG_RBX,
     x86_const.UC_X86_REG_RCX,
     x86_const.UC_X86_REG_RDX,
 )
-_MASK_32, _MASK_64 = (1 << 32) - 1, (1 << 64) - 1
+_MASK_32 = (1 << 32) - 1
 
 
 class Instructions:
@@ -38,7 +35,7 @@ class Instructions:
 
     def __init__(self, core: Core, tlb: Tlb) -> None:
         self._core, self._tlb = core, tlb
-        self.msrs = Msrs(core.handle, core.cpu)
+        self.msrs = Msrs(core.handle, core.cpu, tlb.page_bit)
         for instruction, callback in (
             (x86_const.UC_X86_INS_CPUID, self._on_cpuid),
             (x86_const.UC_X86_INS_RDTSC, self._on_rdtsc),
@@ -53,25 +50,6 @@ class Instructions:
         """The linear address of the current instruction."""
         env = self._core.cpu.env
         return int(env.segs[_CS].base + env.eip)
-
-    def hypercall(self) -> Hypercall | None:
-        """The hypercall at RIP, which moves past it; None if there is none."""
-        try:
-            code = self._tlb.code_bytes(self.linear_rip(), len(_VMCALL))
-        except (GuestFault, Stage2Refused):
-            return None
-        if code not in (_VMCALL, _VMMCALL):
-            return None
-        env = self._core.cpu.env
-        env.eip += len(code)
-        mask = _MASK_64 if env.hflags & HF_CS64 else _MASK_32
-        nr, rbx, rcx, rdx, rsi = (env.regs[i] & mask for i in (_RAX, _RBX, _RCX, _RDX, _RSI))
-        return Hypercall(nr, (rbx, rcx, rdx, rsi), env.hflags & HF_CPL)
-
-    def finish_hypercall(self, value: int) -> None:
-        """The result goes to RAX; to EAX outside of 64-bit code."""
-        env = self._core.cpu.env
-        env.regs[_RAX] = value & (_MASK_64 if env.hflags & HF_CS64 else _MASK_32)
 
     def enter_kernel(self, kind: Signal) -> Event | None:
         """SYSCALL or SYSENTER, which RIP is past. The exception that it raises instead, at the instruction."""

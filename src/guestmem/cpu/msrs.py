@@ -7,7 +7,8 @@ write to guest memory is not written; CPUID shows none of these features.
 The TSC counts nanoseconds since the module was loaded, TSC_KHZ, so it is the same in all vCPUs of a process, and goes
 on while a vCPU does not run.
 
-Source: arch/x86/kvm/x86.c kvm_get_msr_common, kvm_set_msr_common, set_efer, __kvm_set_msr.
+Source: arch/x86/kvm/x86.c kvm_get_msr_common, kvm_set_msr_common, set_efer, __kvm_set_msr; arch/x86/include/asm/
+msr-index.h for those of SNP guests.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 
 from guestmem.cpu import uc_native
 from guestmem.cpu.cpu_state import Cpu
-from guestmem.cpu.engine import CpuidTable
+from guestmem.cpu.engine import CpuidTable, PageBit
 from guestmem.cpu.fast_calls import (
     MSR_CSTAR,
     MSR_FMASK,
@@ -33,6 +34,8 @@ TSC_KHZ = 1_000_000
 """Of every vCPU."""
 
 TSC, APIC_BASE, TSC_ADJUST, MTRR_CAP, MISC_ENABLE, PAT, EFER = 0x10, 0x1B, 0x3B, 0xFE, 0x1A0, 0x277, 0xC000_0080
+GHCB, SEV_STATUS = 0xC001_0130, 0xC001_0131
+"""Of SNP guests: the page, or the request, that VMGEXIT shows the hypervisor; what protects the guest."""
 FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX = range(0xC000_0100, 0xC000_0104)
 
 _EPOCH_NS = time.monotonic_ns()
@@ -68,6 +71,7 @@ _STORED = {
     **dict.fromkeys(_MTRRS, 0),
 }
 _STORED |= {index: 0 for index in _PARAVIRTUAL if index not in _STORED}
+_SNP_ENABLED = 0b111  # SEV, SEV-ES, SEV-SNP
 
 SAVED: tuple[int, ...] = (
     MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_STAR, MSR_CSTAR, KERNEL_GS_BASE, MSR_FMASK, MSR_LSTAR,
@@ -84,9 +88,12 @@ _CPUID_NX, _CPUID_LM = 1 << 20, 1 << 29
 class Msrs:
     """See the module. `apic_base` is also a field of struct kvm_sregs; `cpuid` is the table of the vCPU."""
 
-    def __init__(self, handle: int, cpu: Cpu) -> None:
+    def __init__(self, handle: int, cpu: Cpu, page_bit: PageBit | None = None) -> None:
         self._handle, self._cpu = handle, cpu
-        self._stored = dict(_STORED)
+        self._stored, self._constant = dict(_STORED), _CONSTANT
+        if page_bit is not None and page_bit.set_is_private:
+            self._stored[GHCB] = 0
+            self._constant = _CONSTANT | {SEV_STATUS: _SNP_ENABLED}
         self._tsc_offset = self._tsc_adjust = 0
         self.apic_base = 0
         self.cpuid: CpuidTable = {}
@@ -110,7 +117,7 @@ class Msrs:
             return self.apic_base
         if index == EFER:
             return int(self._cpu.env.efer)
-        return self._stored.get(index, _CONSTANT.get(index))
+        return self._stored.get(index, self._constant.get(index))
 
     def set(self, index: int, value: int, guest: bool = False) -> bool:
         """Whether it took the value. `guest`: the guest wants it, which is allowed less."""
@@ -122,7 +129,7 @@ class Msrs:
         if index in _SEGMENT_BASES:
             self._cpu.env.segs[_SEGMENT_BASES[index]].base = value
             return True
-        if index in _STORED:
+        if index in self._stored:
             if index == PAT and not {value >> shift & 0xFF for shift in range(0, 64, 8)} <= _MEMORY_TYPES:
                 return False
             self._stored[index] = value
@@ -143,7 +150,7 @@ class Msrs:
             self.apic_base = value
         else:
             # What KVM never changes may be written back as it is.
-            return not guest and _CONSTANT.get(index) == value
+            return not guest and self._constant.get(index) == value
         return True
 
     def _set_efer(self, value: int, guest: bool) -> bool:

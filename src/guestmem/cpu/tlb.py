@@ -52,6 +52,7 @@ class Tlb:
     def __init__(self, core: Core, memory: GuestMemory) -> None:
         self._core = core
         self._physical = GuestPhysical(memory)
+        self.page_bit = memory.page_bit
         self.code = CodeWatch()
         self.mmio: frozenset[int] = frozenset()
         self._physical_bits = 52
@@ -104,7 +105,7 @@ class Tlb:
 
     def _paging_of(self, eflags: int, hflags: int, cr: Any, efer: int) -> Paging:
         ac = bool(eflags & _RFLAGS_AC)
-        return Paging(cr[0], cr[3], cr[4], efer, hflags & 3, ac, self._physical_bits, self._physical.page_bit)
+        return Paging(cr[0], cr[3], cr[4], efer, hflags & 3, ac, self._physical_bits, self.page_bit)
 
     def _fill(self, _uc: int, linear: int, kind: int, entry: Any, _data: int) -> bool:
         core = self._core

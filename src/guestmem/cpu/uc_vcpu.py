@@ -34,6 +34,7 @@ from guestmem.cpu.engine import (
     Stop,
 )
 from guestmem.cpu.exceptions import DB, RFLAGS_TF, UD, Event, Unsupported, deliver
+from guestmem.cpu.guest_calls import PAST_INSTRUCTION, GuestCall, GuestCalls
 from guestmem.cpu.guest_memory import PAGE, GuestFault, Stage2Refused
 from guestmem.cpu.guest_walk import Access
 from guestmem.cpu.instructions import Instructions
@@ -55,6 +56,7 @@ class Vcpu:
         self.ports = PortIo(core, self.tlb)
         self.mmio = Mmio(core, self.tlb)
         self.instructions = Instructions(core, self.tlb)
+        self.calls = GuestCalls(core, self.tlb, self.instructions.msrs)
         self.interrupts = Interrupts(core)
         self.pending: Event | None = None
 
@@ -100,6 +102,18 @@ class Vcpu:
             stop = self._judge(self._step(), stepped=True)
         self.ports.supply = self.ports.supply if isinstance(stop, Stage2Miss) else None
         return stop
+
+    def finish_call(self, call: GuestCall, value: int) -> None:
+        """The answer to what a guest has asked by an instruction."""
+        self.calls.complete(call, value)
+        if not isinstance(call, PAST_INSTRUCTION):
+            self._trap_if_traced()
+
+    def raise_exception(self, asked: Stop | None, event: Event) -> None:
+        """`event` at the instruction of the last stop, which has not happened."""
+        if isinstance(asked, PAST_INSTRUCTION):
+            self.core.cpu.env.eip = self.calls.start
+        self.pending = event
 
     def _judge(self, code: int, stepped: bool = False) -> Stop | None:
         """What the end of a pass means. `code` is Unicorn's error; `stepped`: the pass was to be of one instruction."""
@@ -219,10 +233,13 @@ class Vcpu:
         return (address ^ self.instructions.linear_rip()) & -PAGE == 0
 
     def _after_invalid_instruction(self) -> Stop | None:
-        call = self.instructions.hypercall()
+        try:
+            call = self.calls.at_rip()
+        except (GuestFault, Stage2Refused) as error:
+            return self._not_done(error)
         if call is None:
             self.pending = Event(UD)
-        else:
+        elif isinstance(call, PAST_INSTRUCTION):
             self._trap_if_traced()
         return call
 

@@ -2,9 +2,9 @@
 
 Unicorn translates and executes; what it leaves to its user, or gets wrong for a machine, is done in the modules beside
 this one: translation of addresses (`tlb`, `guest_walk`), code that others rewrite (`code_watch`), exact port exits
-(`port_io`), MMIO (`mmio`), exceptions (`exceptions`), CPUID, MSRs, hypercalls and SYSCALL (`instructions`), exact stops
-(`uc_core`), hidden segment state (`cpu_state`, `x86_env`). `uc_vcpu` puts them together; here are the protocol and the
-slices.
+(`port_io`), MMIO (`mmio`), exceptions (`exceptions`), CPUID, MSRs and SYSCALL (`instructions`), hypercalls and what
+protected guests have (`guest_calls`), exact stops (`uc_core`), hidden segment state (`cpu_state`, `x86_env`). `uc_vcpu`
+puts them together; here are the protocol and the slices.
 
 Limits: no virtual-8086 mode, no task gates; TCG checks no segment limits; see also `code_watch`, `mmio` and
 `Tlb._holds_descriptors`.
@@ -13,8 +13,21 @@ Limits: no virtual-8086 mode, no task gates; TCG checks no segment limits; see a
 from __future__ import annotations
 
 from guestmem.cpu import cpuid, uc_native
-from guestmem.cpu.engine import CpuidTable, GuestMemory, Hypercall, MmioRead, PortIn, SliceOver, Stop
+from guestmem.cpu.engine import (
+    CpuidTable,
+    GuestMemory,
+    Hypercall,
+    MmioRead,
+    PortIn,
+    Pvalidate,
+    Rmpadjust,
+    SliceOver,
+    Stop,
+    Tdcall,
+    Vmgexit,
+)
 from guestmem.cpu.exceptions import Event
+from guestmem.cpu.guest_calls import PAST_INSTRUCTION
 from guestmem.cpu.registers import Regs, Sregs
 from guestmem.cpu.slice_timer import shared as slice_timer
 from guestmem.cpu.uc_state import UnicornState
@@ -84,13 +97,14 @@ class UnicornEngine(UnicornState):
             self._vcpu.mmio.supply(value)
             while self._vcpu.mmio.active and self._next is None:
                 self._next = self._vcpu.advance()
-        elif isinstance(asked, Hypercall):
-            self._vcpu.instructions.finish_hypercall(value)
+        elif isinstance(asked, (Hypercall, Pvalidate, Rmpadjust, Vmgexit, Tdcall)):
+            self._vcpu.finish_call(asked, value)
 
     def raise_exception(self, vector: int, error_code: int) -> None:
-        """Delivered at the next run, at the instruction."""
+        """Delivered at the next run, at the instruction of the last stop."""
         self._check_open()
-        self._vcpu.pending = Event(vector, error_code)
+        asked, self._asked = self._asked, None
+        self._vcpu.raise_exception(asked, Event(vector, error_code))
 
     def flush_tlb(self) -> None:
         """Forget every translation of addresses. About 2 us; also right inside of GuestMemory.translate."""
@@ -137,7 +151,7 @@ class UnicornEngine(UnicornState):
 
     def _forget_instruction(self) -> None:
         """An answer, a device access or an exception that is not delivered yet."""
-        if not isinstance(self._asked, Hypercall):
+        if not isinstance(self._asked, PAST_INSTRUCTION):
             self._asked = None
         self._next = None
         if self._vcpu.pending is not None and not self._vcpu.pending.external:
