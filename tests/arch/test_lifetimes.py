@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from guestmem.arch import Lifetime
-from guestmem.cpu.engine import Engine, GuestMemory
 from guestmem.cpu.scripted import Load, ScriptedEngine, Store
-from guestmem.host import Gmem, Host, Vm
+from guestmem.host import Gmem, Host
 from guestmem.kvm.exits import HltExit, MemoryFaultExit
 from guestmem.memory import PAGE_SIZE, Access, PageIndex, Pfn
 from guestmem.uapi.kvm import VmType
@@ -24,10 +23,10 @@ class Bench:
     """An SNP guest that has stored a 7 into its page."""
 
     def __init__(self, lifetime: Lifetime) -> None:
-        self.script: list[Load | Store] = []
-        self.host = Host(memory=1 << 20, engine=self._engine, lifetime=lifetime)
+        self.host = Host(memory=1 << 20, engine=lambda memory: ScriptedEngine(memory, []), lifetime=lifetime)
         self.vm = self.host.create_vm(VmType.SNP)
         self.vm.launch.start()
+        self.vcpus = [self.vm.create_vcpu(number) for number in range(2)]
         self.vm.launch.finish()
         self.gmem = self.vm.create_guest_memfd(PAGE_SIZE, mmap=True)
         self.vm.set_memory_region(0, 0, PAGE_SIZE, gmem=self.gmem)
@@ -36,19 +35,15 @@ class Bench:
         assert pfn is not None
         self.pfn: Pfn = pfn
 
-    def _engine(self, memory: GuestMemory) -> Engine:
-        return ScriptedEngine(memory, list(self.script))
-
-    def guest(self, *script: Load | Store, vm: Vm | None = None) -> str:
+    def guest(self, *script: Load | Store) -> str:
         """Whether a guest that makes these accesses comes to its end, and what it read."""
-        self.script = list(script)
-        vm = vm or self.vm
-        vcpu = vm.create_vcpu(len(vm.kvm.vcpus))
+        vcpu = self.vcpus.pop()
+        assert isinstance(vcpu.engine, ScriptedEngine)
+        vcpu.engine.script = list(script)
         exit_ = vcpu.run()
         if isinstance(exit_, MemoryFaultExit):
             return "faults"
         assert exit_ == HltExit()
-        assert isinstance(vcpu.engine, ScriptedEngine)
         return "".join(f"reads {byte}" for byte in vcpu.engine.loaded) or "works"
 
     def entry(self) -> str:

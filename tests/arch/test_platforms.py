@@ -37,7 +37,7 @@ def _launched(platform: Platform, number: int = 1) -> GuestArchitecture:
 
 def _launch(guest: GuestArchitecture) -> None:
     guest.start(0)
-    guest.finalize([b""])
+    guest.finalize({0: b""})
 
 
 def _convert(guest: GuestArchitecture, block: Block) -> None:
@@ -111,9 +111,9 @@ def test_the_first_image_is_measured(new: New) -> None:
         guest.populate(GFN, pages.block(), image.ljust(PAGE_SIZE, b"\0"), kind)
         assert pages.read(0) == image
         if kind == 0:
-            digests.add(guest.finalize([b""]))
+            digests.add(guest.finalize({0: b""}))
         else:
-            digests.add(guest.finalize([b""])[:8])
+            digests.add(guest.finalize({0: b""})[:8])
     assert len(digests) == 3  # bytes that are not measured make no difference
 
 
@@ -124,7 +124,7 @@ def test_the_first_image_may_be_in_place(new: New) -> None:
     guest.start(0)
     pages.write(0, b"image")
     guest.populate(GFN, pages.block(), None)
-    guest.finalize([b""])
+    guest.finalize({0: b""})
     assert guest.check_access(GFN, pages.block().pfn, 0, True)
     assert pages.read(0) == b"image"
 
@@ -133,14 +133,14 @@ def test_the_first_image_may_be_in_place(new: New) -> None:
 def test_order_of_launch(new: New) -> None:
     platform, pages = new(), Pages(1)
     guest = platform.new_guest(1, 101)
-    for too_early in (lambda: guest.make_private(GFN, pages.block()), guest.finalize):
+    for too_early in (lambda: guest.make_private(GFN, pages.block()), lambda: guest.finalize({})):
         with pytest.raises(FirmwareError):
             too_early()
     guest.start(0)
     with pytest.raises(FirmwareError):
         guest.start(0)
-    guest.finalize([b""])
-    for too_late in (guest.finalize, lambda: guest.populate(GFN, pages.block(), None)):
+    guest.finalize({0: b""})
+    for too_late in (lambda: guest.finalize({}), lambda: guest.populate(GFN, pages.block(), None)):
         with pytest.raises(FirmwareError):
             too_late()
     assert platform.owner(pages.block().pfn) is None
@@ -151,7 +151,7 @@ def test_a_td_without_vcpus_is_not_finalized() -> None:
     guest = TdxPlatform().new_guest(1, 101)
     guest.start(0)
     with pytest.raises(FirmwareError, match="TDX_NO_VCPUS"):
-        guest.finalize()
+        guest.finalize({})
 
 
 @BY_LEAF

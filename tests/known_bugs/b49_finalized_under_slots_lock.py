@@ -17,7 +17,7 @@ async def finalized_under_slots_lock(kvm: Kvm) -> bytes:
         _check_launching(kvm)
         kvm.finishing = kvm.scheduler.current
         try:
-            states = [_state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)]
+            states = {number: _state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)}
             await kvm.scheduler.preempt("vCPU state read, launch not finished")
             return kvm.machine.architecture.finalize(states)
         except FirmwareError as error:

@@ -15,7 +15,8 @@ same.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple, Protocol
 
 from guestmem.cpu.engine import PageBit
@@ -71,10 +72,12 @@ class Owner(NamedTuple):
 class GuestArchitecture(Protocol):
     """One virtual machine as its architecture knows it.
 
-    `has_tables` is false where nothing below does anything, so that KVM need not call it.
+    `has_tables` is false where no page has an owner, and `has_vcpus` where no vCPU is known to hardware or firmware:
+    KVM need not call what is about them.
     """
 
     has_tables: bool
+    has_vcpus: bool
 
     @property
     def page_bit(self) -> PageBit | None:
@@ -144,11 +147,27 @@ class GuestArchitecture(Protocol):
         """Whether firmware may have another idea of a page of this kind, and `populate` fail with what it is."""
         ...
 
-    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
-        """Launch ends; the measurement. `vcpu_states` are the vCPUs' registers, each a struct kvm_regs.
+    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
+        """Launch ends; the measurement. `vcpu_states` are the vCPUs' registers, each a struct kvm_regs, by number.
 
         Raises: FirmwareError.
         """
+        ...
+
+    # vCPUs, by number. One that a helper has is ~number: firmware has never heard of it.
+
+    @property
+    def inside(self) -> AbstractSet[int]:
+        """Those that are in guest mode."""
+        ...
+
+    def enter(self, vcpu: int) -> None:
+        """Into the guest: VMRUN, TDH.VP.ENTER, RMI_REC_ENTER, __pkvm_vcpu_load. Raises: FirmwareError, it is outside;
+        with the fact `no_vcpu` if there is none of this number, which KVM knows without asking."""
+        ...
+
+    def leave(self, vcpu: int) -> None:
+        """Out again, of itself or because it was kicked. Nothing to do for one that is outside."""
         ...
 
     def teardown(self) -> bool:

@@ -7,7 +7,7 @@ Source: arch/x86/kvm: KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM; spec/semantic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from guestmem.arch.architecture import Block, Owner
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
@@ -45,6 +45,8 @@ class SoftwareGuest:
 
     launched = True
     page_bit = None
+    has_vcpus = False
+    inside: frozenset[int] = frozenset()
 
     def __init__(self, scramble: bool) -> None:
         self.has_tables = scramble
@@ -91,8 +93,14 @@ class SoftwareGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
+    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
         return b""
+
+    def enter(self, vcpu: int) -> None:
+        """Nobody counts vCPUs."""
+
+    def leave(self, vcpu: int) -> None:
+        """Nobody counts vCPUs."""
 
     def teardown(self) -> bool:
         return True

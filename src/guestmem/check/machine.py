@@ -69,6 +69,7 @@ class Machine(Host):
         self.ghost = Ghost(self, self.pool)
         self.failures_left = failures
         self.logged = 0  # frames that a dirty log has named, a bit each
+        self.before_start: list[Callable[[], object]] = []  # the last of setting up, once all else is there
         self._unstarted: list[Call] = []
         self.actors: list[tuple[str, tuple[Call, ...]]] = []
         self.answers: dict[str, tuple[str, ...]] = {}
@@ -254,6 +255,8 @@ class Machine(Host):
 
     def start(self, policy: Policy) -> list[Task[None]]:
         """From now on `policy` decides; the actors are parked before their first line."""
+        for finish in self.before_start:
+            finish()
         self.scheduler.policy = policy
         self.scheduler.explores = True
         self.tasks = [self.scheduler.spawn(self._act(name, calls), name) for name, calls in self.actors]

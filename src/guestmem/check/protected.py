@@ -12,10 +12,10 @@ POLICY = 1 << 17
 
 
 def launched(m: Machine, vm_type: VmType = VmType.SNP) -> Vm:
-    """The first VM, of a protected type, past its launch."""
+    """The first VM, of a protected type, past its launch when the actors begin: with all vCPUs that there are then."""
     vm = m.vm(vm_type)
     vm.launch.start()
-    vm.launch.finish()
+    m.before_start.append(vm.launch.finish)
     return vm
 
 

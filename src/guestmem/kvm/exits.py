@@ -71,6 +71,14 @@ class IrqWindowOpenExit:
 
 
 @dataclasses.dataclass(slots=True)
+class FailEntryExit:
+    """KVM_EXIT_FAIL_ENTRY: hardware did not let the vCPU into the guest, as `call` said with `code`."""
+
+    call: str
+    code: str
+
+
+@dataclasses.dataclass(slots=True)
 class InternalErrorExit:
     """KVM_EXIT_INTERNAL_ERROR, suberror emulation: the engine cannot execute what stands at `rip`."""
 
@@ -93,6 +101,7 @@ Exit: TypeAlias = (
     | HltExit
     | ShutdownExit
     | IrqWindowOpenExit
+    | FailEntryExit
     | InternalErrorExit
     | InterruptedExit
 )

@@ -81,7 +81,7 @@ async def launch_finish(kvm: Kvm) -> bytes:
         async with all_vcpus(kvm):
             kvm.finishing = kvm.scheduler.current
             try:
-                states = [_state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)]
+                states = {number: _state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)}
                 await kvm.scheduler.preempt("vCPU state read, launch not finished")
                 return kvm.machine.architecture.finalize(states)
             except FirmwareError as error:

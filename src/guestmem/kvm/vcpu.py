@@ -16,6 +16,7 @@ from guestmem.cpu.engine import Engine
 from guestmem.kvm.addresses import gfn_of
 from guestmem.kvm.exits import (
     Exit,
+    FailEntryExit,
     HltExit,
     HypercallExit,
     InternalErrorExit,
@@ -26,6 +27,7 @@ from guestmem.kvm.exits import (
     MmioExit,
     ShutdownExit,
 )
+from guestmem.kvm.guest_mode import GuestMode
 from guestmem.kvm.identity import Identity
 from guestmem.kvm.mmu import FaultResult, page_fault
 from guestmem.kvm.vm import Kvm
@@ -59,6 +61,7 @@ class Vcpu:
         self._begun: cpu.Stop | None = None  # what `run_at_once` met and left
         self.mp_state = KVM_MP_STATE_RUNNABLE
         self.cpuid: cpu.CpuidTable = {}
+        self.guest_mode = GuestMode(kvm, number) if kvm.machine.architecture.has_vcpus else None
         self.lapic = bytes(1024)  # what KVM_SET_LAPIC left
         kvm.get()
 
@@ -74,13 +77,17 @@ class Vcpu:
         """Enter the guest and come back with the reason for the exit.
 
         Raises: Refusal for what KVM_RUN fails with besides EINTR and memory faults (ENOMEM, EIO); EINVAL
-        `run.not_launched`.
+        `run.not_launched`, `run.no_vcpu`.
         """
         async with self.mutex:
             if not self.kvm.machine.architecture.launched:
                 await self._wait_for_launch()
             self._answer()
-            exit_ = await self._run()
+            try:
+                exit_ = await self._run()
+            finally:
+                if self.guest_mode is not None:
+                    self.guest_mode.leave()
         self._count(exit_)
         return exit_
 
@@ -92,7 +99,7 @@ class Vcpu:
         """
         if self.mutex.owner is not None or self.immediate_exit or self._begun is not None or self.kvm.dead:
             return None
-        if not self.kvm.machine.architecture.launched:
+        if self.guest_mode is not None:
             return None
         self.kvm.entered = True
         self._answer()
@@ -127,8 +134,11 @@ class Vcpu:
                 return InterruptedExit(by_signal=True)
             self.kvm.check_alive()
             self.kvm.entered = True
-            stop, self._begun = self._begun or self.engine.run(), None
-            exit_ = await self._handle(stop)
+            if self.guest_mode is None:
+                stop, self._begun = self._begun or self.engine.run(), None
+                exit_ = await self._handle(stop)
+            else:
+                exit_ = await self._handle(await self.guest_mode.run(self.engine))
             if exit_ is not None:
                 return exit_
             await self.kvm.scheduler.cond_resched("vCPU slice")
@@ -141,7 +151,7 @@ class Vcpu:
         elif pending is not None:
             self.engine.complete(pending.data)
 
-    async def _handle(self, stop: cpu.Stop) -> Exit | None:
+    async def _handle(self, stop: cpu.Stop | FailEntryExit) -> Exit | None:
         """The exit for a stop; None to go on in the guest."""
         match stop:
             case cpu.SliceOver():
@@ -172,6 +182,8 @@ class Vcpu:
                 return IrqWindowOpenExit()
             case cpu.Failed():
                 return InternalErrorExit(stop.rip, stop.why)
+            case FailEntryExit():
+                return stop
 
     def _wait_for_answer(self, exit_: IoExit | MmioExit | HypercallExit) -> Exit:
         self.unanswered = exit_

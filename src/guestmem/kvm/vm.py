@@ -281,5 +281,8 @@ class Kvm:
         return self.machine.architecture.check_access(gfn, pfn, order, write)
 
     def _flush_tlbs(self) -> None:
+        """And nobody stays inside meanwhile. Source: kvm_flush_remote_tlbs, kvm_make_all_cpus_request."""
         for vcpu in self.vcpus.values():
             vcpu.engine.flush_tlb()
+            if vcpu.guest_mode is not None:
+                vcpu.guest_mode.kick()

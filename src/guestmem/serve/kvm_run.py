@@ -13,6 +13,7 @@ import struct
 
 from guestmem.kvm.exits import (
     Exit,
+    FailEntryExit,
     HltExit,
     HypercallExit,
     InternalErrorExit,
@@ -30,8 +31,9 @@ SIZE = PAGES * mmap.PAGESIZE
 IO_DATA_OFFSET = mmap.PAGESIZE
 
 EXIT_IO, EXIT_HYPERCALL, EXIT_HLT, EXIT_MMIO, EXIT_IRQ_WINDOW_OPEN, EXIT_SHUTDOWN = 2, 3, 5, 6, 7, 8
-EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_MEMORY_FAULT = 10, 17, 39
+EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_MEMORY_FAULT = 9, 10, 17, 39
 INTERNAL_ERROR_EMULATION = 1
+_ENTRY_FAILED = (1 << 64) - 1  # SVM_EXIT_ERR
 _IO_OUT = 1
 
 _IMMEDIATE_EXIT = 1
@@ -45,6 +47,7 @@ _HYPERCALL = struct.Struct("<Q6QQQ")  # nr, args, ret, flags
 _HYPERCALL_RET = struct.Struct("<Q")
 _HYPERCALL_RET_AT = _UNION_AT + 8 + 6 * 8
 _MEMORY_FAULT = struct.Struct("<QQQ")  # flags, gpa, size
+_FAIL_ENTRY = struct.Struct("<QI")  # hardware_entry_failure_reason, cpu
 _INTERNAL = struct.Struct("<II16Q")  # suberror, ndata, data
 _STATE = struct.Struct("<BB")  # ready_for_interrupt_injection, if_flag
 _STATE_AT = 12
@@ -105,6 +108,9 @@ class KvmRun:
                 reason, error = EXIT_HLT, 0
             case ShutdownExit():
                 reason, error = EXIT_SHUTDOWN, 0
+            case FailEntryExit():
+                reason, error = EXIT_FAIL_ENTRY, 0
+                _FAIL_ENTRY.pack_into(memory, _UNION_AT, _ENTRY_FAILED, 0)
             case InternalErrorExit():
                 reason, error = EXIT_INTERNAL_ERROR, 0
                 _INTERNAL.pack_into(memory, _UNION_AT, INTERNAL_ERROR_EMULATION, 0, *(0,) * 16)

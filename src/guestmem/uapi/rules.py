@@ -350,6 +350,7 @@ _TABLE = (
     Rule(
         "arch.guest_access", ("EFAULT",), "KVM_RUN", 8, "the page is not the guest's at this address", "APM 2, 15.36.10"
     ),
+    Rule("run.no_vcpu", ("EINVAL",), "KVM_RUN", 10, "firmware has no such vCPU", "tdx_vcpu_pre_run [M]"),
     Rule("run.not_launched", ("EINVAL",), "KVM_RUN", 9, "the guest's launch is not finished", "pre_sev_run [M]"),
     Rule("snp_op.command", ("EINVAL",), _ENCRYPT_OP, 1, "no such command for this VM", "sev_mem_enc_ioctl [M]"),
     Rule("snp_op.order", ("EINVAL",), _ENCRYPT_OP, 2, "KVM_SEV_INIT2 comes first, once", "sev_guest_init2 [M]"),

@@ -95,7 +95,8 @@ class Monitor:
     def rec_enter(self, rd: Pfn, rec: Pfn) -> None:
         """RMI_REC_ENTER, as far as it can be refused; `rec_exit` is its return."""
         call = "RMI_REC_ENTER"
-        self._granule(call, rec, GranuleState.REC)
+        if self.state(rec) is not GranuleState.REC:
+            raise FirmwareError(call, "RMI_ERROR_INPUT", pfn=rec, state=self.state(rec).value)
         realm = self._realm(call, rd)
         if realm.state is not RealmState.ACTIVE:
             raise FirmwareError(call, "RMI_ERROR_REALM", state=realm.state.value)

@@ -8,7 +8,7 @@ Source: arch/arm64/kvm/rme.c of "[PATCH v15] arm64: Support for Arm CCA in KVM";
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.cca.monitor import Monitor
@@ -98,11 +98,14 @@ class CcaGuest:
 
     has_tables = True
     page_bit = None
+    has_vcpus = True
 
     def __init__(self, platform: CcaPlatform, number: int, generation: int) -> None:
         self.number = number
         self.generation = generation
         self.rd = Pfn(0)
+        self.recs: dict[int, Pfn] = {}
+        self.inside: set[int] = set()
         self._platform = platform
         self._monitor = platform.monitor
 
@@ -151,17 +154,36 @@ class CcaGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
+    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
         """RMI_REC_CREATE for each vCPU, then RMI_REALM_ACTIVATE; the realm's initial measurement (RIM)."""
-        for state in vcpu_states:
+        for vcpu, state in vcpu_states.items():
+            if vcpu in self.recs:  # of an attempt that failed later
+                continue
             granule = self._platform.take_granule()
             try:
                 self._monitor.rec_create(self.rd, granule, state)
             except FirmwareError:
                 self._platform.give_back(granule)
                 raise
+            self.recs[vcpu] = granule
         self._monitor.realm_activate(self.rd)
         return self._monitor.realms[self.rd].measurement
+
+    # vCPUs
+
+    def enter(self, vcpu: int) -> None:
+        """RMI_REC_ENTER. A vCPU that was made after the launch has no REC."""
+        rec = self.recs.get(vcpu)
+        if rec is None:
+            raise FirmwareError("RMI_REC_ENTER", "RMI_ERROR_INPUT", no_vcpu=True)
+        self._monitor.rec_enter(self.rd, rec)
+        self.inside.add(vcpu)
+
+    def leave(self, vcpu: int) -> None:
+        """The return of RMI_REC_ENTER."""
+        if vcpu in self.inside:
+            self._monitor.rec_exit(self.rd, self.recs[vcpu])
+            self.inside.remove(vcpu)
 
     # Pages
 
@@ -278,6 +300,7 @@ class CcaGuest:
         except FirmwareError:
             return False
         self.rd = Pfn(0)
+        self.recs.clear()
         return not any(guest is self for guest, _ in self._platform.data.values())
 
     # Parts

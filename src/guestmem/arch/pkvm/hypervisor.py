@@ -130,6 +130,14 @@ class Hypervisor:
 
     # The end of a guest
 
+    def vcpu_load(self, handle: int) -> None:
+        """__pkvm_vcpu_load: a vCPU is on this CPU, and the VM is not torn down meanwhile."""
+        self._live("__pkvm_vcpu_load", handle).loaded_vcpus += 1
+
+    def vcpu_put(self, handle: int) -> None:
+        """__pkvm_vcpu_put."""
+        self.vms[handle].loaded_vcpus -= 1
+
     def start_teardown_vm(self, handle: int) -> None:
         call = "__pkvm_start_teardown_vm"
         vm = self.vms.get(handle)

@@ -9,7 +9,7 @@ Source: arch/arm64/kvm/pkvm.c; spec/semantics.md section 16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.pkvm.hypervisor import Hypervisor, HypVm, PageState
@@ -62,11 +62,13 @@ class PkvmGuest:
 
     has_tables = True
     page_bit = None
+    has_vcpus = True
 
     def __init__(self, platform: PkvmPlatform, number: int, generation: int) -> None:
         self.number = number
         self.generation = generation
         self.launched = False  # the hypervisor has no such state: it is the host that begins when it is ready
+        self.inside: set[int] = set()
         self._platform = platform
         self._hypervisor = platform.hypervisor
 
@@ -85,9 +87,22 @@ class PkvmGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
+    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
         self.launched = True
         return b""
+
+    # vCPUs
+
+    def enter(self, vcpu: int) -> None:
+        """__pkvm_vcpu_load. The hypervisor makes a vCPU when it first runs, so it knows them all."""
+        self._hypervisor.vcpu_load(self._vm().handle)
+        self.inside.add(vcpu)
+
+    def leave(self, vcpu: int) -> None:
+        """__pkvm_vcpu_put."""
+        if vcpu in self.inside:
+            self._hypervisor.vcpu_put(self.number)
+            self.inside.remove(vcpu)
 
     # Pages
 

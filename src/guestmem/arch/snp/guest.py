@@ -10,14 +10,14 @@ sev_vm_destroy; in-place v8's make_shared; 934002cd660b (DECOMMISSION on error p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.snp.cipher import MemoryKey
-from guestmem.arch.snp.digest import VMSA_GPA, PageType, extend
+from guestmem.arch.snp.digest import PageType
 from guestmem.arch.snp.firmware import Context, Firmware, GuestState, SevStatus
-from guestmem.arch.snp.rmp import READ, WRITE, Fault, Rmp, State, Status
-from guestmem.arch.snp.vmsa import vmsa_page
+from guestmem.arch.snp.rmp import FIRST_OWN, READ, WRITE, Fault, Rmp, State, Status
+from guestmem.arch.snp.vcpus import OwnPages, SnpVcpus
 from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Pfn, read_host, write_host
 
@@ -45,6 +45,7 @@ class SnpPlatform:
     ) -> None:
         self.rmp = Rmp(pages, large_order, fails)
         self.firmware = Firmware(self.rmp, fails=fails)
+        self.own_pages = OwnPages()
         self.guests_validate = guests_validate
         self.keys: dict[int, tuple[int, MemoryKey]] = {}  # by ASID: the generation that has it, and its key
 
@@ -61,6 +62,8 @@ class SnpPlatform:
 
     def owned(self) -> Iterator[tuple[Pfn, Owner]]:
         for base, entry in self.rmp.entries():
+            if base >= FIRST_OWN:
+                continue
             for number in range(1 << self.rmp.large_order if entry.large else 1):
                 yield Pfn(base + number), Owner(entry.asid, self.keys[entry.asid][0], entry.gfn + number)
 
@@ -91,6 +94,7 @@ class SnpGuest:
 
     has_tables = True
     page_bit = C_BIT
+    has_vcpus = True
 
     def __init__(self, platform: SnpPlatform, asid: int, generation: int) -> None:
         self.platform = platform
@@ -98,6 +102,7 @@ class SnpGuest:
         self.generation = generation
         self.context: Context | None = None
         self.ended = False
+        self.vcpus = SnpVcpus(platform.rmp, platform.firmware, platform.own_pages, asid)
         self._key = platform.keys[asid][1]
 
     @property
@@ -230,22 +235,38 @@ class SnpGuest:
     def corrects(self, kind: int) -> bool:
         return kind == PageType.CPUID
 
-    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
-        """VMSAs, in the order of the vCPUs, then SNP_LAUNCH_FINISH; the launch digest. Their pages are KVM's own."""
+    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
+        """VMSAs, in the order of the vCPUs, then SNP_LAUNCH_FINISH; the launch digest."""
         context = self._launched("SNP_LAUNCH_FINISH")
         before = context.digest
-        for state in vcpu_states:
-            context.digest = extend(context.digest, PageType.VMSA, VMSA_GPA, vmsa_page(state))
-        status = self.platform.firmware.launch_finish(context)
-        if status is not SevStatus.SUCCESS:
+        try:
+            self.vcpus.launch(context, vcpu_states)
+            status = self.platform.firmware.launch_finish(context)
+            if status is not SevStatus.SUCCESS:
+                self.vcpus.take_back()
+                raise FirmwareError("SNP_LAUNCH_FINISH", status.name, asid=self.asid)
+        except FirmwareError:
             context.digest = before
-            raise FirmwareError("SNP_LAUNCH_FINISH", status.name, asid=self.asid)
+            raise
         return context.digest
+
+    # vCPUs
+
+    @property
+    def inside(self) -> set[int]:
+        return self.vcpus.inside
+
+    def enter(self, vcpu: int) -> None:
+        self.vcpus.enter(vcpu)
+
+    def leave(self, vcpu: int) -> None:
+        self.vcpus.leave(vcpu)
 
     def teardown(self) -> bool:
         """DECOMMISSION, once. A page that could not be taken back keeps the ASID from ever being used again."""
         assert not self.ended, "S8: a guest is torn down twice"
         self.ended = True
+        self.vcpus.take_back()
         if self.context is not None:
             self.platform.firmware.decommission(self.context)
         return not any(entry.asid == self.asid for _, entry in self.platform.rmp.entries())

@@ -17,6 +17,8 @@ from typing import NamedTuple
 from guestmem.memory import Pfn
 
 VMPLS = 4
+FIRST_OWN = 1 << 40
+"""Number of the first page of memory that no guest_memfd has: KVM's own, for VMSAs."""
 READ, WRITE, EXECUTE_USER, EXECUTE_SUPERVISOR = 1, 2, 4, 8
 ALL = READ | WRITE | EXECUTE_USER | EXECUTE_SUPERVISOR
 
@@ -103,7 +105,7 @@ class Rmp:
     def rmpupdate(self, pfn: Pfn, new: State) -> Status:
         """Give a page to a guest or to firmware (asid 0, immutable), or take it back. Clears `validated`; VMPL0 may do
         everything and the others nothing. Source: APM volume 3, RMPUPDATE; 15.36.3."""
-        if not 0 <= pfn < self._pages or (new.large and pfn != self._base(pfn)):
+        if not (0 <= pfn < self._pages or pfn >= FIRST_OWN) or (new.large and pfn != self._base(pfn)):
             return Status.FAIL_INPUT
         if not new.assigned and (new.asid or new.gfn or new.immutable):
             return Status.FAIL_INPUT

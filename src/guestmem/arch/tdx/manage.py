@@ -167,9 +167,12 @@ class ManagementCalls:
         vcpu.cpu = cpu
 
     def vp_enter(self, tdr: Pfn, tdvpr: Pfn, cpu: int) -> None:
-        """TDH.VP.ENTER: the vCPU goes into the guest, and counts as one that may cache what this epoch maps."""
+        """TDH.VP.ENTER: the vCPU goes into the guest, and counts as one that may cache what this epoch maps.
+
+        Never busy: what would be in its way is another CPU in TRACK, for a moment, and KVM enters again.
+        """
         call = "TDH.VP.ENTER"
-        td, vcpu = self._vcpu(call, tdr, tdvpr)
+        td, vcpu = self._vcpu(call, tdr, tdvpr, may_be_busy=False)
         self._op_state(call, td, OpState.RUNNABLE)
         if not vcpu.initialized or vcpu.epoch is not None:
             raise TdxError(call, Status.VCPU_STATE_INCORRECT, vcpu=tdvpr)
@@ -181,7 +184,7 @@ class ManagementCalls:
 
     def vp_exit(self, tdr: Pfn, tdvpr: Pfn) -> None:
         """The vCPU leaves the guest; it stays associated."""
-        td, vcpu = self._vcpu("TD exit", tdr, tdvpr)
+        td, vcpu = self._vcpu("TD exit", tdr, tdvpr, may_be_busy=False)
         if vcpu.epoch is not None:
             td.epoch_users[vcpu.epoch & 1] -= 1
             vcpu.epoch = None
@@ -224,15 +227,16 @@ class ManagementCalls:
         if self._fails(call):
             raise TdxError(call, Status.OPERAND_BUSY, operand)
 
-    def _td(self, call: str, tdr: Pfn, operand: Operand) -> Td:
-        self._busy(call, operand)
+    def _td(self, call: str, tdr: Pfn, operand: Operand, may_be_busy: bool = True) -> Td:
+        if may_be_busy:
+            self._busy(call, operand)
         td = self.tds.get(tdr)
         if td is None:
             raise TdxError(call, Status.PAGE_METADATA_INCORRECT, operand, pfn=tdr)
         return td
 
-    def _vcpu(self, call: str, tdr: Pfn, tdvpr: Pfn) -> tuple[Td, TdVcpu]:
-        td = self._td(call, tdr, Operand.RDX)
+    def _vcpu(self, call: str, tdr: Pfn, tdvpr: Pfn, may_be_busy: bool = True) -> tuple[Td, TdVcpu]:
+        td = self._td(call, tdr, Operand.RDX, may_be_busy)
         vcpu = td.vcpus.get(tdvpr)
         if vcpu is None:
             raise TdxError(call, Status.PAGE_METADATA_INCORRECT, Operand.RCX, pfn=tdvpr)

@@ -11,7 +11,7 @@ tdx_gmem_post_populate, tdx_mmu_release_hkid, tdx_vm_destroy; spec/semantics.md 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.tdx.lent_pages import LentPages
@@ -83,12 +83,15 @@ class TdxGuest:
 
     has_tables = True
     page_bit = SHARED_BIT
+    has_vcpus = True
 
     def __init__(self, platform: TdxPlatform, number: int, generation: int) -> None:
         self.number = number
         self.generation = generation
         self.gfns: dict[Pfn, int] = {}
         self.tdr = Pfn(0)
+        self.tdvprs: dict[int, Pfn] = {}
+        self.inside: set[int] = set()
         self._platform = platform
         self._module = platform.module
         self._lent = platform.lent
@@ -153,21 +156,42 @@ class TdxGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def finalize(self, vcpu_states: Iterable[bytes] = ()) -> bytes:
+    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
         """KVM_TDX_INIT_VCPU for each, then KVM_TDX_FINALIZE_VM. What registers hold is not part of MRTD."""
-        td = self._module.tds.get(self.tdr)
-        present = len(td.vcpus) if td is not None else 0
-        for cpu, _ in enumerate(vcpu_states):
-            if cpu >= present:
-                self._add_vcpu(cpu)
+        for vcpu in vcpu_states:
+            if vcpu not in self.tdvprs:  # else of an attempt that failed later
+                self._add_vcpu(vcpu)
         return self._module.mr_finalize(self.tdr)
 
-    def _add_vcpu(self, cpu: int) -> None:
+    def _add_vcpu(self, vcpu: int) -> None:
         def create(page: Pfn) -> None:
             self._module.vp_create(self.tdr, page)
-            self._module.vp_init(self.tdr, page, cpu)
+            self._module.vp_init(self.tdr, page, vcpu)
+            self.tdvprs[vcpu] = page
 
         self._lend(create)
+
+    # vCPUs, each on a logical CPU of its own, the one of its number
+
+    def enter(self, vcpu: int) -> None:
+        """TDH.VP.ENTER. A vCPU that was made after the launch has no TDVPR. Source: tdx_vcpu_pre_run, tdx_vcpu_run."""
+        tdvpr = self.tdvprs.get(vcpu)
+        if tdvpr is None:
+            raise FirmwareError("TDH.VP.ENTER", "VCPU_TD_STATE_UNINITIALIZED", no_vcpu=True)
+        self._module.vp_enter(self.tdr, tdvpr, vcpu)
+        self.inside.add(vcpu)
+
+    def leave(self, vcpu: int) -> None:
+        """A TD exit."""
+        if vcpu in self.inside:
+            self._module.vp_exit(self.tdr, self.tdvprs[vcpu])
+            self.inside.remove(vcpu)
+
+    def _track(self) -> None:
+        """TDH.MEM.TRACK, and whoever is inside leaves: it may hold what the last epoch mapped. Source: tdx_track."""
+        self._module.mem_track(self.tdr)
+        for vcpu in list(self.inside):
+            self.leave(vcpu)
 
     # Pages
 
@@ -313,6 +337,7 @@ class TdxGuest:
         self._reclaim_page(td.tdr)
         del self._platform.guests[td.tdr]
         self.gfns.clear()
+        self.tdvprs.clear()
         self.tdr = Pfn(0)
 
     def _reclaim_page(self, pfn: Pfn, hva: int = 0) -> None:
@@ -367,7 +392,7 @@ class TdxGuest:
         if td.op_state is OpState.RUNNABLE and (entry is None or not entry.state.blocked):
             self._module.mem_range_block(self.tdr, gfn, level)
         if td.op_state is OpState.RUNNABLE:
-            self._module.mem_track(self.tdr)
+            self._track()
 
     def _remove(self, gfn: int, level: int) -> None:
         entry = self._module.tds[self.tdr].sept.get(gfn, level)

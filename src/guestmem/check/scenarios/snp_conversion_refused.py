@@ -14,7 +14,8 @@ from guestmem.trace import Refusal
 def snp_conversion_refused(m: Machine) -> None:
     """The other page keeps the guest's bytes: giving it to the host would have made ciphertext of them (S15)."""
     gmem = launched_gmem(m, 2)
-    m.run(m.guest(Store(PAGE_SIZE, 7)))
+    touch = m.guest(Store(PAGE_SIZE, 7))
+    m.before_start.append(lambda: m.run(touch))
     Firmware(m.scheduler, gmem.inode)
 
     async def vmm() -> str:
