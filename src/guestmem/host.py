@@ -16,7 +16,7 @@ never sees `await`. What a call refuses it raises as `Refusal`, which names the 
 from __future__ import annotations
 
 import os
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -115,7 +115,7 @@ class Host:
         self._debug = debug
         self._clients = clients
         self.platforms: Mapping[VmType, Platform] = Platforms(
-            self.pool.capacity + 1, self.orders, self.scheduler.fails, scramble
+            self.pool.capacity + 1, self.orders, self._new_fails(), scramble
         )
         kernel = self.scheduler, self.tracer, self.identities, self.new_inode, engine, self.orders[:-1]
         self.environment = KvmEnvironment(*kernel, self.platforms, lifetime)
@@ -224,6 +224,10 @@ class Host:
             kvm.check()
         self.process.mm.check()
         self.iommu.check()
+
+    def _new_fails(self) -> Callable[[str], bool]:
+        """What platforms ask before each call of hardware or firmware."""
+        return self.scheduler.fails
 
     def _new_pool(self, pages: int) -> Pool:
         return Pool(pages)

@@ -42,8 +42,7 @@ def _launch(guest: GuestArchitecture) -> None:
 
 def _convert(guest: GuestArchitecture, block: Block) -> None:
     """As KVM does, to shared."""
-    guest.invalidate(GFN, block.pages)
-    guest.make_shared(block)
+    guest.make_shared([block])
 
 
 @ALL

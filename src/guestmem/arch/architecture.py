@@ -15,7 +15,7 @@ same.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple, Protocol
 
@@ -103,10 +103,13 @@ class GuestArchitecture(Protocol):
         """
         ...
 
-    def make_shared(self, block: Block) -> None:
-        """The block is the host's from now on, its bytes what the hardware leaves. No private leaf shows it any more.
+    def make_shared(self, blocks: Sequence[Block]) -> None:
+        """The blocks are the host's from now on, their bytes what the hardware leaves. No leaf of KVM's shows them.
 
-        Nothing to do for pages that are the host's. Source: v8's make_shared. Raises: FirmwareError, nothing changed.
+        Nothing to do for pages that are the host's. All of them or none: what may fail and destroys nothing goes
+        first, what was given back before another failed is the guest's again. Where hardware cannot undo that,
+        docs/arch/lifetime.md says what is lost. Source: v8's make_shared. Raises: FirmwareError, with the fact `pfn` of
+        the page that failed.
         """
         ...
 
@@ -117,7 +120,8 @@ class GuestArchitecture(Protocol):
 
     def invalidate(self, gfn: int, pages: int) -> None:
         """The private leaves over these frames were removed, no vCPU maps them. TDX: block, track, remove. Nothing to
-        do for frames that have none. Raises: FirmwareError, and the first frame that failed as its fact `gfn`."""
+        do for frames that have none. Not for a conversion, of which `make_shared` does this too, when all others could
+        unmap. Raises: FirmwareError, and the first frame that failed as its fact `gfn`."""
         ...
 
     def split(self, gfn: int, order: int) -> None:
@@ -194,7 +198,7 @@ class Platform(Protocol):
         ...
 
     def live_guests(self) -> int:
-        """How many virtual machines firmware has a context of."""
+        """How many virtual machines firmware has a context of, without those that it would not give up."""
         ...
 
     def dma_allowed(self, block: Block, trusted: bool) -> bool:

@@ -7,7 +7,7 @@ Source: arch/x86/kvm: KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM; spec/semantic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from guestmem.arch.architecture import Block, Owner
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
@@ -61,14 +61,15 @@ class SoftwareGuest:
                 self._private.add(pfn)
                 _scramble(hva)
 
-    def make_shared(self, block: Block) -> None:
+    def make_shared(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            self.reclaim(block)
+
+    def reclaim(self, block: Block) -> None:
         for pfn, hva in _pages(block):
             if pfn in self._private:
                 self._private.remove(pfn)
                 _scramble(hva)
-
-    def reclaim(self, block: Block) -> None:
-        self.make_shared(block)
 
     def invalidate(self, gfn: int, pages: int) -> None:
         """No leaves but KVM's own."""

@@ -39,7 +39,8 @@ class Limits:
 class Result:
     """What came of a search. `property`, `facts` and `schedule` say what a violation broke and how.
 
-    `never_seen` are the `sometimes` that did not happen; `why` is the limit that was met. `fraction` is how much of the
+    `answers` are those given, `failed` the steps that were made to fail, each in some execution; `never_seen` are the
+    `sometimes` that did not happen; `why` is the limit that was met. `fraction` is how much of the
     search was done, if that is known. Bytes.
     """
 
@@ -54,6 +55,7 @@ class Result:
     facts: str = ""
     schedule: Schedule | None = None
     answers: frozenset[str] = frozenset()
+    failed: frozenset[str] = frozenset()
     never_seen: tuple[str, ...] = ()
     why: str = ""
     memory_bytes: int = 0
@@ -134,6 +136,8 @@ class Exploration:
             return True
         finally:
             self.result.steps += len(run.choices)
+            if not self.result.failed.issuperset(run.failed):
+                self.result.failed |= frozenset(run.failed)
             run.forget()
         return False
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
+from guestmem.arch import Lifetime
 from guestmem.check.arena import Arena
 from guestmem.check.canonical import FINGERPRINT
 from guestmem.check.ghost import Ghost, GhostPool
@@ -61,10 +62,13 @@ class Machine(Host):
     script_engine: ClassVar[ScriptEngine] = ScriptedEngine
     """What executes the scripts of guests."""
 
-    def __init__(self, *, level: AbiLevel = FUTURE, failures: int = 0) -> None:
+    def __init__(self, *, level: AbiLevel = FUTURE, failures: int = 0, lifetime: Lifetime = Lifetime.BINDING) -> None:
         self._arena = _arenas.pop() if _arenas else Arena()
         self._script: list[Load | Store] = []
-        super().__init__(memory=POOL_PAGES * PAGE_SIZE, level=level, engine=self._new_engine, debug=True)
+        self.failed_calls: tuple[str, ...] = ()  # of hardware and firmware
+        super().__init__(
+            memory=POOL_PAGES * PAGE_SIZE, level=level, engine=self._new_engine, debug=True, lifetime=lifetime
+        )
         assert isinstance(self.pool, GhostPool)
         self.ghost = Ghost(self, self.pool)
         self.failures_left = failures
@@ -80,6 +84,16 @@ class Machine(Host):
 
     def _new_pool(self, pages: int) -> Pool:
         return GhostPool(pages)
+
+    def _new_fails(self) -> Callable[[str], bool]:
+        return self.firmware_fails
+
+    def firmware_fails(self, call: str) -> bool:
+        """A call of hardware or firmware is made; whether it fails."""
+        failed = self.scheduler.fails(call)
+        if failed:
+            self.failed_calls += (call,)
+        return failed
 
     def _new_backing(self, pages: int, name: str, order: int = 0, mappable: bool = False) -> Backing:
         return self._arena.take(pages)
@@ -116,6 +130,11 @@ class Machine(Host):
         """A task that makes `calls`, one after another, whatever their answers."""
         self.actors.append((name, calls))
         self.answers[name] = ()
+
+    def beforehand(self, call: Call) -> None:
+        """Make `call` when all else is set up and a launch is finished, right before the actors begin."""
+        self._unstarted.append(call)
+        self.before_start.append(lambda: self.run(call))
 
     # What actors do
 
@@ -273,6 +292,7 @@ class Machine(Host):
             self.tasks,
             self.answers,
             self.failures_left,
+            self.failed_calls,
             self.logged,
             self.ghost,
             self.hugetlb,

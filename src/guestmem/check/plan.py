@@ -63,6 +63,7 @@ class Merged:
         graph.full |= found.full or len(graph.visited) >= self.options.max_states
         self.frontier += found.frontier
         self.answers |= found.result.answers
+        result.failed |= found.result.failed
         result.executions += found.result.executions
         result.steps += found.result.steps
         result.fraction = (result.fraction or 0.0) + found.fraction

@@ -27,12 +27,24 @@ class Failures(Protocol):
 
 
 class Run:
-    """An execution in progress. `choices` are those made so far, `last` the task that ran last.
+    """An execution in progress. `choices` are those made so far, `last` the task that ran last, `failed` the steps that
+    were made to fail.
 
     `preemptions` counts how often a task was left that could have gone on.
     """
 
-    __slots__ = ("_failures", "_place", "_replayed", "choices", "last", "preemptions", "scenario", "tasks", "world")
+    __slots__ = (
+        "_failures",
+        "_place",
+        "_replayed",
+        "choices",
+        "failed",
+        "last",
+        "preemptions",
+        "scenario",
+        "tasks",
+        "world",
+    )
 
     explores = True
 
@@ -40,6 +52,7 @@ class Run:
         self.scenario = scenario
         self.world = scenario.build()
         self.choices = bytearray()
+        self.failed: list[str] = []
         self.last = -1
         self.preemptions = 0
         self._failures = failures
@@ -65,7 +78,9 @@ class Run:
         else:
             failed = self._failures.fails(self, step)
         self.choices.append(FAIL if failed else PASS)
-        self.world.failures_left -= failed
+        if failed:
+            self.world.failures_left -= 1
+            self.failed.append(step)
         return failed
 
     # For the strategy

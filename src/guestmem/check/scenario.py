@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from guestmem.sched import Policy, Scheduler, Task
 from guestmem.uapi.levels import FUTURE, AbiLevel
@@ -54,7 +54,7 @@ class World(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """`build` makes the world of one execution.
+    """`build` makes the world of one execution; by keyword it takes what else than usual a Machine is to be made with.
 
     `sometimes` are answers ("actor: answer") each of which some execution must give, or the scenario proves nothing;
     `never` those that none may give. `preemptions` bounds how often a task that could go on is interrupted, None not at
@@ -62,7 +62,7 @@ class Scenario:
     """
 
     name: str
-    build: Callable[[], World]
+    build: Callable[..., World]
     summary: str = ""
     sometimes: frozenset[str] = frozenset()
     never: frozenset[str] = frozenset()
@@ -88,10 +88,10 @@ def scenario(
     from guestmem.check.machine import Machine
 
     def decorate(set_up: Callable[[Any], None]) -> Scenario:
-        def build() -> World:
-            machine = Machine(level=level, failures=failures)
+        def build(new: Callable[..., Any] = Machine, **changed: Any) -> World:
+            machine = new(**{"level": level, "failures": failures, **changed})
             set_up(machine)
-            return machine
+            return cast(World, machine)
 
         summary = (inspect.getdoc(set_up) or "").split("\n", 1)[0]
         return Scenario(set_up.__name__, build, summary, frozenset(sometimes), frozenset(never), preemptions, failures)

@@ -14,6 +14,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from guestmem.arch import Lifetime
 from guestmem.check import mutants
 from guestmem.check.choices import Schedule
 from guestmem.check.explore import VIOLATED, Exploration, Limits, Result, explore
@@ -29,7 +30,8 @@ QUICK = (4, 64, 512)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to search. `preemptions` and `failures` replace the bounds of the scenarios; None leaves them."""
+    """How to search. `preemptions` and `failures` replace the bounds of the scenarios; None leaves them. `lifetime` is
+    the policy of arch.Lifetime by its value, "" the usual one; what a scenario sees `sometimes` is said of that one."""
 
     strategy: str = "states"
     preemptions: int | None = None
@@ -38,6 +40,7 @@ class Options:
     executions: int = 10_000_000
     seconds: float = 600.0
     max_states: int = MAX_STATES
+    lifetime: str = ""
 
     @property
     def limits(self) -> Limits:
@@ -108,7 +111,11 @@ def bounded(scenario: Scenario, options: Options) -> Scenario:
     if options.preemptions is not None:
         scenario = dataclasses.replace(scenario, preemptions=options.preemptions)
     if options.failures is not None:
-        scenario = dataclasses.replace(scenario, failures=options.failures)
+        build = functools.partial(scenario.build, failures=options.failures)
+        scenario = dataclasses.replace(scenario, failures=options.failures, build=build)
+    if options.lifetime:
+        build = functools.partial(scenario.build, lifetime=Lifetime(options.lifetime))
+        scenario = dataclasses.replace(scenario, build=build, sometimes=frozenset())
     return scenario
 
 

@@ -59,8 +59,9 @@ class KvmGmemContext:
             around = self.gfns_of(invalidation.hull) if invalidation.hull else ranges
             await self.kvm.stage2.begin(ranges, invalidation.accesses, around)
             has_tables = self.kvm.machine.architecture.has_tables
-            if has_tables and Access.PRIVATE in invalidation.accesses and self.is_owners:
-                protection.invalidate(self, ranges, stop=invalidation.reason is Reason.CONVERT_TO_SHARED)
+            converts = invalidation.reason in (Reason.CONVERT_TO_SHARED, Reason.CONVERT_TO_PRIVATE)
+            if has_tables and not converts and self.is_owners:
+                protection.invalidate(self, ranges)
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
         if self._overlapping(invalidation.pages):

@@ -1,8 +1,8 @@
 """KVM tells the architecture when pages change hands, so that guest_memfd need not know that there is one (R10).
 
     guest fault       make_private, under mmu_lock, before the leaf is installed
-    invalidation      private leaves go: invalidate (in each view); then pages are given back, once an inode:
-                      make_shared for a conversion, reclaim for pages that leave the file
+    invalidation      private leaves go: invalidate (in each view), but not for a conversion; then pages are given
+                      back, once an inode: make_shared for a conversion, reclaim for pages that leave the file
     memslot deletion  by the policy of lifetime: reclaim what the binding showed, or nothing
     end of the VM     teardown
 
@@ -59,11 +59,11 @@ class Ownership:
     async def invalidate_begin(self, invalidation: Invalidation) -> None:
         """Poison leaves a page where it is, and pages become private when they are first used."""
         if invalidation.reason is Reason.CONVERT_TO_SHARED:
-            for pages, one in blocks(self.inode, invalidation.pages):
-                try:
-                    self.architecture.make_shared(one)
-                except FirmwareError as error:
-                    raise UnmapFailed(pages, str(error)) from error
+            found = list(blocks(self.inode, invalidation.pages))
+            try:
+                self.architecture.make_shared([one for _, one in found])
+            except FirmwareError as error:
+                raise UnmapFailed(_pages_of(error, found), str(error)) from error
         elif invalidation.reason in (Reason.TRUNCATE, Reason.RELEASE):
             reclaim(self.inode, invalidation.pages)
 
@@ -84,6 +84,13 @@ def blocks(inode: Inode, pages: PageRange) -> Iterator[tuple[PageRange, Block]]:
                 if index not in inode.unmap_failed:
                     yield here, Block(pfn, here.pages.bit_length() - 1, inode.backing.hva(index))
                 index = here.end
+
+
+def _pages_of(error: FirmwareError, found: list[tuple[PageRange, Block]]) -> PageRange:
+    """Where the page is that a call failed for; the first block if the call was for no page of them."""
+    pfn = error.facts.get("pfn")
+    inside = (pages for pages, one in found if isinstance(pfn, int) and one.pfn <= pfn < one.pfn + one.pages)
+    return next(inside, found[0][0])
 
 
 def _largest_block(inode: Inode, index: PageIndex, inside: PageRange) -> PageRange:
@@ -143,9 +150,10 @@ def check_guest_access(kvm: Kvm, leaf: Leaf, gfn: Gfn, write: bool) -> None:
         raise Refusal(errno.EFAULT, "arch.guest_access", gpa=gfn << PAGE_SHIFT, pfn=pfn)
 
 
-def invalidate(context: KvmGmemContext, ranges: list[Range[Gfn]], *, stop: bool) -> None:
-    """Private leaves over these frames were zapped. A page that the architecture keeps is bad; with `stop` that is the
-    end of it. Raises: UnmapFailed, with `stop`."""
+def invalidate(context: KvmGmemContext, ranges: list[Range[Gfn]]) -> None:
+    """Private leaves over these frames were zapped, and not for a conversion, of which this is a part of make_shared:
+    removing a leaf may destroy the page (TDX, CCA), so that comes when all users could unmap. A page that the
+    architecture keeps is bad."""
     architecture = context.kvm.machine.architecture
     for gfns in ranges:
         start = gfns.start
@@ -155,10 +163,7 @@ def invalidate(context: KvmGmemContext, ranges: list[Range[Gfn]], *, stop: bool)
                 break
             except FirmwareError as error:
                 bad = Gfn(int(str(error.facts.get("gfn", start))))
-                pages = context.pages_of(Range(bad, Gfn(bad + 1)))
-                if stop:
-                    raise UnmapFailed(pages, str(error)) from error
-                context.inode.record_unmap_failure(pages)
+                context.inode.record_unmap_failure(context.pages_of(Range(bad, Gfn(bad + 1))))
                 start = Gfn(bad + 1)
 
 

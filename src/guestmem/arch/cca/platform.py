@@ -8,7 +8,7 @@ Source: arch/arm64/kvm/rme.c of "[PATCH v15] arm64: Support for Arm CCA in KVM";
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.cca.monitor import Monitor
@@ -40,6 +40,7 @@ class CcaPlatform:
     def __init__(self, *, fails: Callable[[str], bool] | None = None) -> None:
         self.monitor = Monitor(fails)
         self.data: dict[Pfn, tuple[CcaGuest, int]] = {}  # DATA granules: whose, at which frame
+        self.lost: set[Pfn] = set()  # realms that could not be destroyed, by RD
         self._free: list[Pfn] = []
         self._next = _FIRST_OWN
 
@@ -79,7 +80,7 @@ class CcaPlatform:
             yield pfn, owner
 
     def live_guests(self) -> int:
-        return len(self.monitor.realms)
+        return len(self.monitor.realms.keys() - self.lost)
 
     def dma_allowed(self, block: Block, trusted: bool) -> bool:
         """The SMMU checks the GPT as CPUs do."""
@@ -218,7 +219,15 @@ class CcaGuest:
         if block.order:
             self._platform.give_back(monitor.rtt_fold(self.rd, gfn, LEVEL_4K))
 
-    def make_shared(self, block: Block) -> None:
+    def make_shared(self, blocks: Sequence[Block]) -> None:
+        """RMI_RTT_CREATE, to have every page in an entry of its own, then what `reclaim` does. DATA_DESTROY cannot be
+        undone: what was destroyed before a granule fails is lost, and so is what was in that granule."""
+        for block in blocks:
+            self._unfold(block)
+        for block in blocks:
+            self.reclaim(block)
+
+    def reclaim(self, block: Block) -> None:
         """Nothing, after the zap; pages that no leaf of KVM's ever showed are destroyed now. A granule that could not
         be undelegated is tried again."""
         for number in range(block.pages):
@@ -231,9 +240,6 @@ class CcaGuest:
             else:
                 self._undelegate(pfn, block.hva + number * PAGE_SIZE)
                 del self._platform.data[pfn]
-
-    def reclaim(self, block: Block) -> None:
-        self.make_shared(block)
 
     def invalidate(self, gfn: int, pages: int) -> None:
         """DATA_DESTROY and GRANULE_UNDELEGATE of each page; blocks are unfolded first."""
@@ -298,6 +304,7 @@ class CcaGuest:
             self._platform.give_back(realm.root)
             self._platform.give_back(self.rd)
         except FirmwareError:
+            self._platform.lost.add(self.rd)
             return False
         self.rd = Pfn(0)
         self.recs.clear()
@@ -318,6 +325,15 @@ class CcaGuest:
                 except FirmwareError:
                     self._platform.give_back(granule)
                     raise
+
+    def _unfold(self, block: Block) -> None:
+        realm = self.realm
+        for pfn in range(block.pfn, block.pfn + block.pages) if realm is not None else ():
+            owner = self._platform.owner(Pfn(pfn))
+            if owner is None or owner.gfn is None or realm is None:
+                continue
+            if realm.get(owner.gfn, LEVEL_2M).hipas is Hipas.ASSIGNED:
+                self.split(owner.gfn - owner.gfn % frames(LEVEL_2M), 9)
 
     def _create(self, gfn: int, pfn: Pfn, hva: int) -> None:
         self._monitor.granule_delegate(pfn)

@@ -9,7 +9,7 @@ Source: arch/arm64/kvm/pkvm.c; spec/semantics.md section 16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.pkvm.hypervisor import Hypervisor, HypVm, PageState
@@ -131,9 +131,9 @@ class PkvmGuest:
                     self._hypervisor.host_force_reclaim_page_guest(vm.pages[at].pfn)
             raise
 
-    def make_shared(self, block: Block) -> None:
-        """__pkvm_guest_share_host of what is the guest's alone; bytes stay."""
-        for gfn in self._frames(block):
+    def make_shared(self, blocks: Sequence[Block]) -> None:
+        """__pkvm_guest_share_host of what is the guest's alone; bytes stay. After its checks it cannot fail."""
+        for gfn in (gfn for block in blocks for gfn in self._frames(block)):
             if self._vm().pages[gfn].state is PageState.OWNED:
                 self._hypervisor.guest_share_host(self.number, gfn)
 

@@ -159,10 +159,18 @@ class Firmware:
         context.state = GuestState.RUNNING
         return SevStatus.SUCCESS
 
+    def page_reclaim(self, pfn: Pfn) -> SevStatus:
+        """SNP_PAGE_RECLAIM: firmware gives up its hold of an immutable page, which stays assigned."""
+        if self._fails("snp: PAGE_RECLAIM"):
+            return SevStatus.INVALID_PLATFORM_STATE
+        return SevStatus.SUCCESS if self._rmp.reclaim(pfn) else SevStatus.INVALID_PAGE_STATE
+
     def decommission(self, context: Context) -> SevStatus:
         """SNP_DECOMMISSION, once for each context. The ASID is free, and dirty."""
         if context.decommissioned or context not in self.contexts:
             return SevStatus.INVALID_GUEST
+        if self._fails("snp: DECOMMISSION"):
+            return SevStatus.INVALID_PLATFORM_STATE
         context.decommissioned = True
         self.contexts.remove(context)
         if context.asid:
@@ -171,6 +179,8 @@ class Firmware:
 
     def df_flush(self) -> SevStatus:
         """SNP_DF_FLUSH, after WBINVD on every CPU: ASIDs that were decommissioned are clean."""
+        if self._fails("snp: DF_FLUSH"):
+            return SevStatus.INVALID_PLATFORM_STATE
         self.dirty_asids.clear()
         return SevStatus.SUCCESS
 

@@ -10,13 +10,14 @@ sev_vm_destroy; in-place v8's make_shared; 934002cd660b (DECOMMISSION on error p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.snp.cipher import MemoryKey
 from guestmem.arch.snp.digest import PageType
 from guestmem.arch.snp.firmware import Context, Firmware, GuestState, SevStatus
-from guestmem.arch.snp.rmp import FIRST_OWN, READ, WRITE, Fault, Rmp, State, Status
+from guestmem.arch.snp.rmp import FIRST_OWN, READ, WRITE, Entry, Fault, Rmp, State, Status
 from guestmem.arch.snp.vcpus import OwnPages, SnpVcpus
 from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Pfn, read_host, write_host
@@ -47,6 +48,7 @@ class SnpPlatform:
         self.firmware = Firmware(self.rmp, fails=fails)
         self.own_pages = OwnPages()
         self.guests_validate = guests_validate
+        self.lost_contexts = 0  # that firmware would not decommission
         self.keys: dict[int, tuple[int, MemoryKey]] = {}  # by ASID: the generation that has it, and its key
 
     def new_guest(self, number: int, generation: int) -> SnpGuest:
@@ -68,7 +70,7 @@ class SnpPlatform:
                 yield Pfn(base + number), Owner(entry.asid, self.keys[entry.asid][0], entry.gfn + number)
 
     def live_guests(self) -> int:
-        return len(self.firmware.contexts)
+        return len(self.firmware.contexts) - self.lost_contexts
 
     def dma_allowed(self, block: Block, trusted: bool) -> bool:
         """An IOMMU leaf and the RMP must agree: a shared one shows pages of the host only, a private one pages in an
@@ -131,33 +133,29 @@ class SnpGuest:
             if found[1].large and not block.order:
                 self._smash(found[0])
             return
-        large = bool(block.order)
-        self._update(block.pfn, State(True, self.asid, gfn, large))
-        for pfn, hva in _pages(block):
-            write_host(hva, self._key.decrypt(pfn, read_host(hva, PAGE_SIZE)))
+        self._assign(gfn, block)
 
-    def make_shared(self, block: Block) -> None:
-        """PSMASH where the entry is larger than what leaves, then RMPUPDATE; the host sees ciphertext."""
-        rmp = self.platform.rmp
-        pages = list(_pages(block))
-        for pfn, hva in pages:
-            found = rmp.lookup(pfn)
-            if found is None or found[1].asid != self.asid:
-                continue
-            base, entry = found
-            whole = entry.large and base >= block.pfn and base + (1 << rmp.large_order) <= block.pfn + block.pages
-            if entry.large and not whole:
-                self._smash(base)
-            if entry.immutable:
-                rmp.reclaim(pfn)
-            self._update(pfn, State(large=whole))
-            for number in range(1 << rmp.large_order if whole else 1):
-                inside, at = Pfn(pfn + number), hva + (number << PAGE_SHIFT)
-                write_host(at, self._key.encrypt(inside, read_host(at, PAGE_SIZE)))
+    def make_shared(self, blocks: Sequence[Block]) -> None:
+        """PSMASH wherever an entry is larger than what leaves; then RMPUPDATE of each, and the host sees ciphertext. If
+        one fails those before it are assigned again, with their bytes: what the guest had validated it must validate
+        again."""
+        for block in blocks:
+            self._smash_what_sticks_out(block)
+        taken: list[tuple[Entry, Block]] = []
+        try:
+            for block in blocks:
+                for entry, part in self._entries(block):
+                    self._take(entry, part)
+                    taken.append((entry, part))
+        except FirmwareError:
+            for entry, part in reversed(taken):
+                with suppress(FirmwareError):  # then it is the host's in a private file until the next fault
+                    self._assign(entry.gfn, part)
+            raise
 
     def reclaim(self, block: Block) -> None:
         """As make_shared: nobody needs scrub ciphertext. Source: sev_gmem_invalidate."""
-        self.make_shared(block)
+        self.make_shared([block])
 
     def invalidate(self, gfn: int, pages: int) -> None:
         """RMP entries do not follow the leaves."""
@@ -201,14 +199,17 @@ class SnpGuest:
         if status is SevStatus.SUCCESS:
             status = self._activate(context)
             call = "SNP_ACTIVATE"
-        if status is not SevStatus.SUCCESS:
-            firmware.decommission(context)
-            raise FirmwareError(call, status.name, asid=self.asid)
-        self.context = context
+        if status is SevStatus.SUCCESS:
+            self.context = context
+            return
+        if firmware.decommission(context) is not SevStatus.SUCCESS:
+            self.context = context  # of no use, but teardown tries again
+        raise FirmwareError(call, status.name, asid=self.asid)
 
     def populate(self, gfn: int, block: Block, source: bytes | None, kind: int = 0) -> None:
         """The page becomes firmware's, then SNP_LAUNCH_UPDATE makes it the guest's. On failure it is the host's again
-        and a CPUID page's correction is in the error. Source: sev_gmem_post_populate."""
+        and a CPUID page's correction is in the error; a page that firmware does not give back stays firmware's, and
+        nobody can use it until it leaves the file. Source: sev_gmem_post_populate."""
         page_type = PageType(kind or PageType.NORMAL)
         context = self._launched("SNP_LAUNCH_UPDATE")
         rmp = self.platform.rmp
@@ -224,8 +225,11 @@ class SnpGuest:
             self._update(block.pfn, State(True, self.asid, gfn, immutable=True))
             status, corrected = self.platform.firmware.launch_update(context, gfn, block.pfn, page_type, contents)
             if status is not SevStatus.SUCCESS:
-                rmp.reclaim(block.pfn)
-                self._update(block.pfn, State())
+                try:
+                    self._page_reclaim(block.pfn)
+                    self._update(block.pfn, State())
+                except FirmwareError as stuck:
+                    raise FirmwareError("SNP_LAUNCH_UPDATE", status.name, gfn=gfn, stuck=stuck.call) from stuck
                 raise FirmwareError("SNP_LAUNCH_UPDATE", status.name, corrected, gfn=gfn)
         except FirmwareError:
             if rmp.lookup(block.pfn) is None:
@@ -263,27 +267,61 @@ class SnpGuest:
         self.vcpus.leave(vcpu)
 
     def teardown(self) -> bool:
-        """DECOMMISSION, once. A page that could not be taken back keeps the ASID from ever being used again."""
+        """DECOMMISSION, once. If it fails, or a page could not be taken back, the ASID is never used again. Source:
+        sev_vm_destroy, snp_decommission_context."""
         assert not self.ended, "S8: a guest is torn down twice"
         self.ended = True
         self.vcpus.take_back()
-        if self.context is not None:
-            self.platform.firmware.decommission(self.context)
+        if self.context is not None and self.platform.firmware.decommission(self.context) is not SevStatus.SUCCESS:
+            self.platform.lost_contexts += 1
+            return False
         return not any(entry.asid == self.asid for _, entry in self.platform.rmp.entries())
 
     def _activate(self, context: Context) -> SevStatus:
-        """An ASID that a guest had before is dirty: flush first."""
+        """An ASID that a guest had before is dirty: flush first. Source: sev_flush_asids."""
         firmware = self.platform.firmware
         status = firmware.activate(context, self.asid)
         if status is SevStatus.DFFLUSH_REQUIRED:
-            firmware.df_flush()
-            status = firmware.activate(context, self.asid)
+            flushed = firmware.df_flush()
+            status = firmware.activate(context, self.asid) if flushed is SevStatus.SUCCESS else flushed
         return status
 
     def _launched(self, call: str) -> Context:
         if self.context is None:
             raise FirmwareError(call, SevStatus.INVALID_GUEST.name, asid=self.asid)
         return self.context
+
+    def _assign(self, gfn: int, block: Block) -> None:
+        """The block is in one entry; the guest sees decrypted what is in memory."""
+        self._update(block.pfn, State(True, self.asid, gfn, large=bool(block.order)))
+        for pfn, hva in _pages(block):
+            write_host(hva, self._key.decrypt(pfn, read_host(hva, PAGE_SIZE)))
+
+    def _take(self, entry: Entry, block: Block) -> None:
+        """The block, which is all of an entry, is the host's."""
+        if entry.immutable:
+            self._page_reclaim(block.pfn)
+        self._update(block.pfn, State(large=entry.large))
+        for pfn, hva in _pages(block):
+            write_host(hva, self._key.encrypt(pfn, read_host(hva, PAGE_SIZE)))
+
+    def _smash_what_sticks_out(self, block: Block) -> None:
+        """A large entry may begin before the block or end after it: at its first page, and at its last."""
+        for pfn in (block.pfn, Pfn(block.pfn + block.pages - 1)):
+            found = self.platform.rmp.lookup(pfn)
+            if found is None or not found[1].large or found[1].asid != self.asid:
+                continue
+            if found[0] < block.pfn or found[0] + (1 << self.platform.rmp.large_order) > block.pfn + block.pages:
+                self._smash(found[0])
+
+    def _entries(self, block: Block) -> list[tuple[Entry, Block]]:
+        """This guest's entries inside a block, each with what it speaks for."""
+        found = []
+        for pfn, hva in _pages(block):
+            at = self.platform.rmp.lookup(pfn)
+            if at is not None and at[0] == pfn and at[1].asid == self.asid:
+                found.append((at[1], Block(pfn, self.platform.rmp.large_order if at[1].large else 0, hva)))
+        return found
 
     def _all_free(self, block: Block) -> bool:
         return all(self.platform.rmp.lookup(pfn) is None for pfn, _ in _pages(block))
@@ -292,6 +330,11 @@ class SnpGuest:
         status = self.platform.rmp.rmpupdate(pfn, state)
         if status is not Status.SUCCESS:
             raise FirmwareError("RMPUPDATE", status.name, pfn=pfn)
+
+    def _page_reclaim(self, pfn: Pfn) -> None:
+        status = self.platform.firmware.page_reclaim(pfn)
+        if status is not SevStatus.SUCCESS:
+            raise FirmwareError("SNP_PAGE_RECLAIM", status.name, pfn=pfn)
 
     def _smash(self, base: Pfn) -> None:
         status = self.platform.rmp.psmash(base)

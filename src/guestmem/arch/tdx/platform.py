@@ -11,7 +11,8 @@ tdx_gmem_post_populate, tdx_mmu_release_hkid, tdx_vm_destroy; spec/semantics.md 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.tdx.lent_pages import LentPages
@@ -46,6 +47,7 @@ class TdxPlatform:
         self.module = MemoryCalls(hkids=hkids, packages=packages, dynamic_pamt=dynamic_pamt, fails=fails)
         self.lent = LentPages(self.module)
         self.guests: dict[Pfn, TdxGuest] = {}
+        self.lost: set[Pfn] = set()  # TDs that could not be taken down, by TDR
 
     def new_guest(self, number: int, generation: int) -> TdxGuest:
         return TdxGuest(self, number, generation)
@@ -66,7 +68,7 @@ class TdxPlatform:
                     yield Pfn(start + number), Owner(guest.number, guest.generation, guest.gfns[start] + number)
 
     def live_guests(self) -> int:
-        return len(self.module.tds)
+        return len(self.module.tds.keys() - self.lost)
 
     def dma_allowed(self, block: Block, trusted: bool) -> bool:
         """A trusted device goes through the Secure EPT; another one poisons a TD's page by writing to it."""
@@ -188,7 +190,10 @@ class TdxGuest:
             self.inside.remove(vcpu)
 
     def _track(self) -> None:
-        """TDH.MEM.TRACK, and whoever is inside leaves: it may hold what the last epoch mapped. Source: tdx_track."""
+        """TDH.MEM.TRACK, if vCPUs may run, and whoever is inside leaves: it may hold what the last epoch mapped.
+        Source: tdx_track."""
+        if self.td.op_state is not OpState.RUNNABLE:
+            return
         self._module.mem_track(self.tdr)
         for vcpu in list(self.inside):
             self.leave(vcpu)
@@ -215,8 +220,11 @@ class TdxGuest:
         found = td.sept.leaf(gfn) if td is not None else None
         if found is not None:
             level, entry = found
-            if entry.state is Sept.MAPPED and entry.pfn + gfn % (1 << 9 * level) == block.pfn:
-                return
+            if entry.pfn + gfn % (1 << 9 * level) == block.pfn:
+                self._unblock([(gfn >> 9 * level << 9 * level, level)])
+                entry = self.td.sept.get(gfn, level) or entry
+                if entry.state is Sept.MAPPED:
+                    return
         level = block.order // 9
         self._add_tables(gfn, level)
         if not level:
@@ -229,31 +237,43 @@ class TdxGuest:
         self.gfns[block.pfn] = gfn
         self._module.page_accept(self.tdr, gfn, level)
 
-    def make_shared(self, block: Block) -> None:
-        """Nothing, after the zap; pages that no leaf of KVM's ever showed are removed now."""
-        for pfn in range(block.pfn, block.pfn + block.pages):
-            owner = self._platform.owner(Pfn(pfn))
-            if owner is None:
-                continue
-            if owner.generation != self.generation or owner.gfn is None:
-                raise FirmwareError("TDH.MEM.PAGE.REMOVE", "TDX_PAGE_NOT_OWNED_BY_TD", pfn=pfn)
-            self.invalidate(owner.gfn, 1)
+    def make_shared(self, blocks: Sequence[Block]) -> None:
+        """TDH.MEM.PAGE.DEMOTE of leaves that stick out, RANGE.BLOCK of each, one TRACK: undone if one fails. Then
+        PAGE.REMOVE of each, and what was removed before one fails is lost: zeros, to be accepted."""
+        ranges = [frames for block in blocks for frames in self._frames(block)]
+        if not ranges:
+            return
+        for gfn, pages in ranges:
+            self._demote_what_sticks_out(gfn, pages)
+        leaves = [leaf for gfn, pages in ranges for leaf in self._leaves(gfn, pages)]
+        bad = leaves[0]
+        try:
+            for bad in leaves:
+                self._range_block(*bad)
+            self._track()
+            for bad in leaves:
+                self._page_remove(*bad)
+        except FirmwareError as error:
+            entry = self.td.sept.get(*bad)
+            assert entry is not None
+            error.facts["pfn"] = entry.pfn
+            self._unblock(leaf for leaf in leaves if leaf != bad)
+            raise
 
     def reclaim(self, block: Block) -> None:
-        self.make_shared(block)
+        """Nothing, after the zap; pages that no leaf of KVM's ever showed are removed now."""
+        for gfn, pages in self._frames(block):
+            self.invalidate(gfn, pages)
 
     def invalidate(self, gfn: int, pages: int) -> None:
-        """TDH.MEM.RANGE.BLOCK of each leaf, one TDH.MEM.TRACK, TDH.MEM.PAGE.REMOVE of each. A leaf that sticks out is
-        demoted first. A leaf whose removal fails stays blocked, and its page the TD's; the others go."""
+        """TDH.MEM.RANGE.BLOCK, TDH.MEM.TRACK, TDH.MEM.PAGE.REMOVE of each leaf. One that sticks out is demoted first. A
+        leaf whose removal fails stays blocked, and its page the TD's; the others go."""
         failed: FirmwareError | None = None
-        leaves = list(self._leaves(gfn, pages))
-        for at, level in leaves:
-            if level and not gfn <= at <= at + (1 << 9 * level) <= gfn + pages:
-                self.split(at, 9 * level)
-                self.invalidate(max(at, gfn), min(at + (1 << 9 * level), gfn + pages) - max(at, gfn))
-                continue
+        self._demote_what_sticks_out(gfn, pages)
+        for at, level in list(self._leaves(gfn, pages)):
             try:
-                self._remove(at, level)
+                self._block(at, level)
+                self._page_remove(at, level)
             except FirmwareError as error:
                 error.facts.setdefault("gfn", at)
                 failed = failed or error
@@ -323,6 +343,7 @@ class TdxGuest:
             module.mng_key_freeid(td.tdr)
             self._reclaim_all()
         except FirmwareError:
+            self._platform.lost.add(self.tdr)
             return False
         return True
 
@@ -385,19 +406,47 @@ class TdxGuest:
                 if entry is not None and first <= index <= last and entry.state.leaf:
                     yield index << 9 * level, level
 
+    def _frames(self, block: Block) -> list[tuple[int, int]]:
+        """Where pages of the block are in this TD: first frame and how many, run by run."""
+        runs: list[tuple[int, int]] = []
+        for pfn in range(block.pfn, block.pfn + block.pages):
+            owner = self._platform.owner(Pfn(pfn))
+            if owner is None:
+                continue
+            if owner.generation != self.generation or owner.gfn is None:
+                raise FirmwareError("TDH.MEM.PAGE.REMOVE", "TDX_PAGE_NOT_OWNED_BY_TD", pfn=pfn)
+            if runs and owner.gfn == sum(runs[-1]):
+                runs[-1] = runs[-1][0], runs[-1][1] + 1
+            else:
+                runs.append((owner.gfn, 1))
+        return runs
+
+    def _demote_what_sticks_out(self, gfn: int, pages: int) -> None:
+        for at, level in list(self._leaves(gfn, pages)):
+            if level and not gfn <= at <= at + (1 << 9 * level) <= gfn + pages:
+                self.split(at, 9 * level)
+
     def _block(self, gfn: int, level: int) -> None:
         """Block and track an entry, if vCPUs may run."""
-        td = self._module.tds[self.tdr]
-        entry = td.sept.get(gfn, level)
-        if td.op_state is OpState.RUNNABLE and (entry is None or not entry.state.blocked):
-            self._module.mem_range_block(self.tdr, gfn, level)
-        if td.op_state is OpState.RUNNABLE:
-            self._track()
+        self._range_block(gfn, level)
+        self._track()
 
-    def _remove(self, gfn: int, level: int) -> None:
-        entry = self._module.tds[self.tdr].sept.get(gfn, level)
+    def _range_block(self, gfn: int, level: int) -> None:
+        entry = self.td.sept.get(gfn, level)
+        if self.td.op_state is OpState.RUNNABLE and (entry is None or not entry.state.blocked):
+            self._module.mem_range_block(self.tdr, gfn, level)
+
+    def _unblock(self, leaves: Iterable[tuple[int, int]]) -> None:
+        """The entries are as they were before they were blocked. One that cannot be is when the guest next needs it."""
+        blocked = [leaf for leaf in leaves if (entry := self.td.sept.get(*leaf)) is not None and entry.state.blocked]
+        with suppress(FirmwareError):
+            self._track() if blocked else None
+            for gfn, level in blocked:
+                self._module.mem_range_unblock(self.tdr, gfn, level)
+
+    def _page_remove(self, gfn: int, level: int) -> None:
+        entry = self.td.sept.get(gfn, level)
         assert entry is not None
-        self._block(gfn, level)
         self._module.mem_page_remove(self.tdr, gfn, level)
         write_host(entry.hva, bytes(PAGE_SIZE << 9 * level))  # tdx_quirk_reset_page: written whole, with key 0
         del self.gfns[entry.pfn]

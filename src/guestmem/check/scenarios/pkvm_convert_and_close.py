@@ -8,10 +8,9 @@ from guestmem.memory import Access
 from guestmem.uapi.kvm import VmType
 
 
-@scenario(sometimes={"guest: ok 0x01", "vmm: ok", "close: ok", "guest: fault.file_gone"})
+@scenario(failures=1, sometimes={"guest: ok 0x01", "vmm: ok", "close: ok", "guest: fault.file_gone"})
 def pkvm_convert_and_close(m: Machine) -> None:
     """What the guest lends is the host's too, what leaves the file is the host's alone (S2, S9, S10)."""
-    m.failures_left = 1
     launched(m, VmType.ARM_PROTECTED)
     gmem = m.gmem(init_shared=False)
     m.actor("guest", m.guest(Store(0, 1), Load(0)))

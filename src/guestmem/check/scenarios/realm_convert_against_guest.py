@@ -8,10 +8,12 @@ from guestmem.memory import Access
 from guestmem.uapi.kvm import VmType
 
 
-@scenario(sometimes={"guest: ok", "guest: arch.make_private", "convert: ok", "convert: convert.bad_page", "host: ok"})
+@scenario(
+    failures=1,
+    sometimes={"guest: ok", "guest: arch.make_private", "convert: ok", "convert: convert.bad_page", "host: ok"},
+)
 def realm_convert_against_guest(m: Machine) -> None:
     """A granule is the realm's exactly while it is private; one that cannot be undelegated is bad (S2, S9, S19)."""
-    m.failures_left = 1
     launched(m, VmType.ARM_REALM)
     gmem = m.gmem(init_shared=False)
     m.actor("guest", m.guest(Store(0, 1)))

@@ -6,10 +6,9 @@ from guestmem.check.scenario import scenario
 from guestmem.cpu.scripted import Store
 
 
-@scenario(sometimes={"guest: ok", "guest: fault.file_gone", "punch: ok", "close: ok"})
+@scenario(failures=1, sometimes={"guest: ok", "guest: fault.file_gone", "punch: ok", "close: ok"})
 def snp_close_everything(m: Machine) -> None:
     """A page that reaches the allocator is the host's in the RMP, or never reaches it (S8, S10, S19)."""
-    m.failures_left = 1
     gmem = launched_gmem(m)
     m.actor("guest", m.guest(Store(0, 1)))
     m.actor("punch", m.punch(gmem))

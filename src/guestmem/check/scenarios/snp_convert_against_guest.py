@@ -8,6 +8,7 @@ from guestmem.memory import Access
 
 
 @scenario(
+    failures=1,
     sometimes={
         "guest: ok",
         "guest: arch.make_private",
@@ -16,11 +17,10 @@ from guestmem.memory import Access
         "convert: convert.bad_page",
         "host: ok",
         "host: SIGBUS",
-    }
+    },
 )
 def snp_convert_against_guest(m: Machine) -> None:
     """The RMP has the page exactly while it is private; one that it would not give back is bad (S2, S9, S19)."""
-    m.failures_left = 1
     gmem = launched_gmem(m)
     m.actor("guest", m.guest(Store(0, 1)))
     m.actor("convert", m.convert(gmem, Access.SHARED))

@@ -6,10 +6,9 @@ from guestmem.check.scenario import scenario
 from guestmem.cpu.scripted import Store
 
 
-@scenario(sometimes={"guest: ok", "vmm: ok", "again: ok", "again: fault.poisoned"})
+@scenario(failures=1, sometimes={"guest: ok", "vmm: ok", "again: ok", "again: fault.poisoned"})
 def snp_slot_delete_against_guest(m: Machine) -> None:
     """An entry of the RMP lives as long as the binding, and names its address, also when that is another (S9)."""
-    m.failures_left = 1
     gmem = launched_gmem(m)
     m.actor("guest", m.guest(Store(0, 1)))
     m.actor("vmm", m.delete_slot(), m.bind(gmem, 1, 1 << 20))
