@@ -9,7 +9,7 @@ from guestmem.memory import PAGE_SIZE
 from guestmem.uapi.kvm import VmType
 
 
-@scenario(failures=1, sometimes={"vmm: ok", "vmm: convert.bad_page", "guest: ok 0x02"})
+@scenario(failures=2, sometimes={"vmm: ok", "vmm: convert.bad_page", "guest: ok 0x02"})
 def td_conversion_refused(m: Machine) -> None:
     """Nothing is removed, and so zeroed, before all could unmap and all is blocked and tracked (S15)."""
     gmem = launched_gmem(m, 2, VmType.TDX)

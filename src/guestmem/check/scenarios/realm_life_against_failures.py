@@ -1,0 +1,15 @@
+"""All of a realm's life, of which any call may fail: launch, guest, conversion, hole, close, end, and the next."""
+
+from guestmem.check.machine import Machine
+from guestmem.check.protected import life
+from guestmem.check.scenario import scenario
+from guestmem.uapi.kvm import VmType
+
+
+@scenario(
+    failures=1,
+    sometimes={"vmm: ok", "vmm: launch.start", "vmm: launch.finish", "vmm: convert.bad_page"},
+)
+def realm_life_against_failures(m: Machine) -> None:
+    """A bad page never comes back, nor the number of an identity that hardware still knows (S8, S9, S10, S19, L3)."""
+    m.actor("vmm", *life(m, VmType.ARM_REALM))
