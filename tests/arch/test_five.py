@@ -58,7 +58,7 @@ class Scenario:
             _script[:] = [step]
             self._vcpus.append(vm.create_vcpu(number))
         if vm_type is not VmType.SW_PROTECTED:
-            vm.launch.start(SNP_POLICY)
+            vm.launch.start(SNP_POLICY if vm_type is VmType.SNP else None)
             vm.launch.update(0)
             vm.launch.finish()
 

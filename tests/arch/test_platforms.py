@@ -36,7 +36,7 @@ def _launched(platform: Platform, number: int = 1) -> GuestArchitecture:
 
 
 def _launch(guest: GuestArchitecture) -> None:
-    guest.start(0)
+    guest.start()
     guest.finalize({0: b""})
 
 
@@ -106,7 +106,7 @@ def test_the_first_image_is_measured(new: New) -> None:
     for image, kind in ((b"one", 0), (b"two", 0), (b"one", NOT_MEASURED), (b"two", NOT_MEASURED)):
         platform, pages = new(), Pages(1)
         guest = platform.new_guest(1, 101)
-        guest.start(0)
+        guest.start()
         guest.populate(GFN, pages.block(), image.ljust(PAGE_SIZE, b"\0"), kind)
         assert pages.read(0) == image
         if kind == 0:
@@ -120,7 +120,7 @@ def test_the_first_image_is_measured(new: New) -> None:
 def test_the_first_image_may_be_in_place(new: New) -> None:
     platform, pages = new(), Pages(1)
     guest = platform.new_guest(1, 101)
-    guest.start(0)
+    guest.start()
     pages.write(0, b"image")
     guest.populate(GFN, pages.block(), None)
     guest.finalize({0: b""})
@@ -135,9 +135,9 @@ def test_order_of_launch(new: New) -> None:
     for too_early in (lambda: guest.make_private(GFN, pages.block()), lambda: guest.finalize({})):
         with pytest.raises(FirmwareError):
             too_early()
-    guest.start(0)
+    guest.start()
     with pytest.raises(FirmwareError):
-        guest.start(0)
+        guest.start()
     guest.finalize({0: b""})
     for too_late in (lambda: guest.finalize({}), lambda: guest.populate(GFN, pages.block(), None)):
         with pytest.raises(FirmwareError):
@@ -148,7 +148,7 @@ def test_order_of_launch(new: New) -> None:
 
 def test_a_td_without_vcpus_is_not_finalized() -> None:
     guest = TdxPlatform().new_guest(1, 101)
-    guest.start(0)
+    guest.start()
     with pytest.raises(FirmwareError, match="TDX_NO_VCPUS"):
         guest.finalize({})
 

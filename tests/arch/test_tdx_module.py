@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from guestmem.arch import FirmwareError
 from guestmem.arch.tdx.manage import TDCS_PAGES
 from guestmem.arch.tdx.memory_calls import MachineCheck
+from guestmem.arch.tdx.parameters import TdParams, cpuid_configurable, cpuid_of
 from guestmem.arch.tdx.status import TdxError
 from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_4K, Sept
+from guestmem.cpu.cpuid import DEFAULT_CPUID
 from guestmem.memory import PAGE_SIZE, Pfn
 from tests.arch.tdx_machine import (
     CPU,
@@ -55,6 +57,10 @@ class Row(NamedTuple):
     source: str
 
 
+def _init(**params: Any) -> Callable[[Machine], object]:
+    return lambda m: m.mng_init(TDR, TdParams(**params))
+
+
 _ROWS = (
     Row(nothing, lambda m: m.mng_key_config(TDR, 0), "PAGE_METADATA_INCORRECT|RCX", "check_lock_and_map_explicit_tdr"),
     Row(created, lambda m: m.mng_create(Pfn(2), HKID), "HKID_NOT_FREE", "tdh_mng_create.c"),
@@ -70,8 +76,23 @@ _ROWS = (
     Row(created, lambda m: m.mng_addcx(TDR, Pfn(10)), "TD_KEYS_NOT_CONFIGURED", "tdh_mng_add_cx.c"),
     Row(with_tdcs, lambda m: m.mng_addcx(TDR, Pfn(19)), "TDCX_NUM_INCORRECT", "tdh_mng_add_cx.c"),
     Row(keyed, lambda m: m.mng_addcx(TDR, TDR), "PAGE_METADATA_INCORRECT|RCX", "tdh_mng_add_cx.c"),
-    Row(keyed, lambda m: m.mng_init(TDR), "TDCX_NUM_INCORRECT", "tdh_mng_init.c"),
+    Row(keyed, lambda m: m.mng_init(TDR), "TDCS_NOT_ALLOCATED", "tdh_mng_init.c, is_required_tdcs_allocated"),
     Row(initialized, lambda m: m.mng_init(TDR), "OP_STATE_INCORRECT", "tdh_mng_init.c"),
+    Row(with_tdcs, _init(attributes=1 << 17), "OPERAND_INVALID|ATTRIBUTES", "verify_td_attributes"),
+    Row(with_tdcs, _init(xfam=0b111), "OPERAND_INVALID|XFAM", "check_xfam, a bit that is fixed to 0"),
+    Row(with_tdcs, _init(xfam=0b01), "OPERAND_INVALID|XFAM", "check_xfam, a bit that is fixed to 1"),
+    Row(
+        with_tdcs,
+        _init(cpuid={(7, 0): (1, 0, 0, 0)}),
+        "OPERAND_INVALID|CPUID_CONFIG",
+        "read_and_set_cpuid_configurations, not configurable",
+    ),
+    Row(
+        with_tdcs,
+        _init(cpuid={(1, 0): (0x123, 0, 0, 0)}),
+        "OPERAND_INVALID|CPUID_CONFIG",
+        "read_and_set_cpuid_configurations, another family than the machine's",
+    ),
     Row(with_tdcs, lambda m: m.vp_create(TDR, VCPU), "OP_STATE_INCORRECT", "tdh_vp_create.c"),
     Row(with_vcpu, lambda m: m.vp_create(TDR, VCPU), "PAGE_METADATA_INCORRECT|RCX", "tdh_vp_create.c"),
     Row(with_vcpu, lambda m: m.vp_init(TDR, VCPU, CPU), "VCPU_STATE_INCORRECT", "tdh_vp_init.c"),
@@ -333,6 +354,25 @@ def test_the_tdr_goes_last_and_the_hkid_is_free_before() -> None:
         machine.phymem_page_reclaim(page)
     assert TDR not in machine.tds
     assert list(machine.pamt.entries) == [Pfn(2)]
+
+
+def test_the_tdcs_has_what_the_host_chose() -> None:
+    machine = Machine()
+    with_tdcs(machine)
+    params = TdParams(attributes=1 << 28, mrconfigid=b"c" * 48, mrowner=b"o" * 48, mrownerconfig=b"w" * 48)
+    machine.mng_init(TDR, params)
+    assert machine.tds[TDR].params == params
+
+
+def test_cpuid_of_a_td_is_the_machines_but_for_what_was_chosen() -> None:
+    """read_and_set_cpuid_configurations: a configurable bit is as the host says, whatever the machine has."""
+    _, _, may, _ = cpuid_configurable()[1, 0]
+    aes, movbe = 1 << 25, 1 << 22
+    assert may & aes and may & movbe
+    answers = cpuid_of(TdParams(cpuid={(1, 0): (0, 0, aes, 0)}))
+    native = DEFAULT_CPUID[1, 0]
+    assert answers[1, 0] == (native[0], native[1], native[2] & ~may | aes, native[3])
+    assert answers[0x8000_0001, 0] == DEFAULT_CPUID[0x8000_0001, 0]
 
 
 class TestDynamicPamt:

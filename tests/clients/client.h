@@ -278,16 +278,8 @@ static inline int enter_long_mode(int vcpu) {
     return ioctl(vcpu, KVM_SET_SREGS, &sregs);
 }
 
-static inline int open_vcpu(struct machine *m) {
-    m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
-    if (m->vcpu < 0) return -1;
-    m->run_size = (size_t)ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-    m->run = map_shared(m->vcpu, m->run_size);
-    return m->run == MAP_FAILED ? -1 : 0;
-}
-
-/* Everything but the data slot, for this type of VM; -1 with errno if a call fails. */
-static inline int open_machine(struct machine *m, unsigned long type, const void *code, size_t code_size) {
+/* A VM with its low memory, without a vCPU; -1 with errno if a call fails. */
+static inline int open_vm(struct machine *m, unsigned long type, const void *code, size_t code_size) {
     *m = (struct machine){.vm = ioctl(kvm, KVM_CREATE_VM, type), .vcpu = -1};
     if (m->vm < 0) return -1;
     m->low = mmap(NULL, LOW_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -295,8 +287,21 @@ static inline int open_machine(struct machine *m, unsigned long type, const void
     *(uint64_t *)(m->low + PDPT) = PD | PTE_PRESENT | PTE_WRITE;
     *(uint64_t *)(m->low + PD) = PTE_HUGE | PTE_PRESENT | PTE_WRITE;
     memcpy(m->low + CODE, code, code_size);
-    if (set_region(m->vm, LOW_SLOT, 0, LOW_SIZE, m->low, -1)) return -1;
-    return open_vcpu(m) ? -1 : enter_long_mode(m->vcpu);
+    return set_region(m->vm, LOW_SLOT, 0, LOW_SIZE, m->low, -1);
+}
+
+static inline int add_vcpu(struct machine *m) {
+    m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
+    if (m->vcpu < 0) return -1;
+    m->run_size = (size_t)ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+    m->run = map_shared(m->vcpu, m->run_size);
+    return m->run == MAP_FAILED ? -1 : enter_long_mode(m->vcpu);
+}
+
+/* Everything but the data slot, for this type of VM; -1 with errno if a call fails. Protected VMs are initialised before
+ * they get a vCPU: open_vm, then add_vcpu. */
+static inline int open_machine(struct machine *m, unsigned long type, const void *code, size_t code_size) {
+    return open_vm(m, type, code, code_size) ? -1 : add_vcpu(m);
 }
 
 static inline void close_machine(struct machine *m) {

@@ -15,8 +15,6 @@ enum { DATA_PAGES = 4, MEASURED = CODE + PAGE, GUEST_SIZE = DATA_GPA + DATA_PAGE
 enum { PRIVATE_VIEW = 0, SHARED_VIEW = 1 << 21 }; /* + gpa */
 enum { ASK = 0x20, TELL = 0x10 };
 
-#define MEMORY_ENCRYPT_OP _IOWR(KVMIO, 0xba, unsigned long)
-
 /* The end of KVM_RUN that older headers lack. */
 enum { EXIT_MEMORY_FAULT = 39, FAULT_PRIVATE = 1 << 3 };
 struct memory_fault {
@@ -47,7 +45,7 @@ static inline int convert(int gmem, uint64_t offset, uint64_t size, bool private
     return ioctl(gmem, KVM_SET_MEMORY_ATTRIBUTES2, &arguments);
 }
 
-/* A VM of this type with the guest in it, all of it still shared; -1 with errno if a call fails. */
+/* A VM of this type with the guest in it, all of it still shared, without a vCPU; -1 with errno if a call fails. */
 static inline int open_guest(struct guest *g, unsigned long type, uint64_t private_bit, uint64_t shared_bit) {
     struct machine *m = &g->m;
     uint64_t *entry;
@@ -63,8 +61,13 @@ static inline int open_guest(struct guest *g, unsigned long type, uint64_t priva
     entry[PRIVATE_VIEW >> 21] = private_bit | PTE_HUGE | PTE_PRESENT | PTE_WRITE;
     entry[SHARED_VIEW >> 21] = shared_bit | PTE_HUGE | PTE_PRESENT | PTE_WRITE;
     memcpy(m->low + CODE, guest_count, (size_t)(guest_count_end - guest_count));
-    if (open_vcpu(m) || enter_long_mode(m->vcpu)) return -1;
-    return ioctl(m->vcpu, KVM_SET_REGS, &(struct kvm_regs){.rip = CODE, .rflags = 2});
+    return 0;
+}
+
+/* Its vCPU, at the guest's first instruction: after the VM was initialised, before its launch is over. */
+static inline int start_vcpu(struct guest *g) {
+    if (add_vcpu(&g->m)) return -1;
+    return ioctl(g->m.vcpu, KVM_SET_REGS, &(struct kvm_regs){.rip = CODE, .rflags = 2});
 }
 
 static inline void close_guest(struct guest *g) {

@@ -5,52 +5,10 @@
  */
 #define _GNU_SOURCE
 #include "protected.h"
+#include "snp.h"
 
-enum { SNP_VM = 4, INIT2 = 22, LAUNCH_START = 100, LAUNCH_UPDATE = 101, LAUNCH_FINISH = 102 };
-enum { NORMAL = 1, CPUID = 6, POLICY_RESERVED = 1 << 17, POLICY_FAILURE = 7, INVALID_PARAM = 0x16 };
 enum { C_BIT_POSITION = 51, ENCRYPTION_LEAF = 0x8000001f, SEV_AND_SNP = 1 << 1 | 1 << 4 };
 #define C_BIT (1ULL << C_BIT_POSITION)
-
-struct sev_cmd {
-    uint32_t id, pad;
-    uint64_t data;
-    uint32_t error, sev_fd;
-};
-struct sev_init {
-    uint64_t vmsa_features;
-    uint32_t flags;
-    uint16_t ghcb_version, pad1;
-    uint32_t pad2[8];
-};
-struct launch_start {
-    uint64_t policy;
-    uint8_t gosvw[16];
-    uint16_t flags;
-    uint8_t pad0[6];
-    uint64_t pad1[4];
-};
-struct launch_update {
-    uint64_t gfn_start, uaddr, len;
-    uint8_t type, pad0;
-    uint16_t flags;
-    uint32_t pad1;
-    uint64_t pad2[4];
-};
-struct launch_finish {
-    uint64_t id_block_uaddr, id_auth_uaddr;
-    uint8_t id_block_en, auth_key_en, vcek_disabled, host_data[32], pad0[3];
-    uint16_t flags;
-    uint64_t pad1[4];
-};
-
-static uint32_t firmware_error;
-
-static int command(int vm, uint32_t id, void *data) {
-    struct sev_cmd arguments = {.id = id, .data = (uintptr_t)data};
-    int result = ioctl(vm, MEMORY_ENCRYPT_OP, &arguments);
-    firmware_error = arguments.error;
-    return result;
-}
 
 /* Make pages private and measure them. */
 static int measure(struct guest *g, uint64_t gpa, uint64_t size) {
@@ -68,6 +26,7 @@ static void launch(struct guest *g) {
     CHECK(!open_guest(g, SNP_VM, C_BIT, 0), "errno %d", errno);
     g->m.low[DATA_GPA] = 41;
     CHECK(!command(g->m.vm, INIT2, &init), "errno %d", errno);
+    CHECK(!start_vcpu(g), "errno %d", errno);
     CHECK(!command(g->m.vm, LAUNCH_START, &start), "errno %d, firmware %u", errno, firmware_error);
     CHECK(!measure(g, 0, MEASURED), "errno %d, firmware %u", errno, firmware_error);
     CHECK(!measure(g, DATA_GPA, 2 * PAGE), "errno %d, firmware %u", errno, firmware_error);
@@ -85,11 +44,12 @@ static void launched_in_place(void) {
     CHECK(!open_guest(&g, SNP_VM, C_BIT, 0), "errno %d", errno);
     uint8_t *data = g.m.low + DATA_GPA;
     data[0] = 41;
-    CHECK_ERRNO(command(g.m.vm, LAUNCH_START, &start), EINVAL);
+    CHECK_ERRNO(command(g.m.vm, LAUNCH_START, &start), ENOTTY);
     CHECK(!command(g.m.vm, INIT2, &init), "errno %d", errno);
-    CHECK_ERRNO(command(g.m.vm, INIT2, &init), EINVAL);
+    CHECK_ERRNO(command(g.m.vm, INIT2, &init), EPERM);
+    CHECK(!start_vcpu(&g), "errno %d", errno);
     CHECK(!command(g.m.vm, LAUNCH_START, &start), "errno %d, firmware %u", errno, firmware_error);
-    CHECK_ERRNO(command(g.m.vm, LAUNCH_UPDATE, &update), EINVAL); /* shared */
+    CHECK_ERRNO(command(g.m.vm, LAUNCH_UPDATE, &update), EIO); /* shared */
     CHECK(!measure(&g, 0, MEASURED), "errno %d, firmware %u", errno, firmware_error);
     CHECK(!convert(g.gmem, DATA_GPA, DATA_PAGES * PAGE, true), "errno %d", errno);
     CHECK_ERRNO(ioctl(g.m.vcpu, KVM_RUN, 0), EINVAL); /* not launched */

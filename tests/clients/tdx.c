@@ -5,22 +5,9 @@
  */
 #define _GNU_SOURCE
 #include "protected.h"
+#include "tdx.h"
 
-enum { TDX_VM = 5, INIT_VM = 1, INIT_VCPU, INIT_MEM_REGION, FINALIZE_VM, MEASURE = 1 };
 #define SHARED_BIT (1ULL << 47)
-
-struct tdx_cmd {
-    uint32_t id, flags;
-    uint64_t data, hw_error;
-};
-struct mem_region {
-    uint64_t source_addr, gpa, nr_pages;
-};
-
-static int command(int fd, uint32_t id, uint32_t flags, void *data) {
-    struct tdx_cmd arguments = {.id = id, .flags = flags, .data = (uintptr_t)data};
-    return ioctl(fd, MEMORY_ENCRYPT_OP, &arguments);
-}
 
 /* Make pages private, add and measure them. */
 static int measure(struct guest *g, uint64_t gpa, uint64_t size) {
@@ -31,19 +18,21 @@ static int measure(struct guest *g, uint64_t gpa, uint64_t size) {
 
 static void launched_in_place(void) {
     struct guest g;
-    uint64_t init[512] = {0};
+    struct init_vm init = default_init_vm();
     struct mem_region region = {.gpa = DATA_GPA, .nr_pages = DATA_PAGES};
     uint32_t exit_;
 
     CHECK(!open_guest(&g, TDX_VM, 0, SHARED_BIT), "errno %d", errno);
+    CHECK(!split_irqchip(g.m.vm), "errno %d", errno);
     uint8_t *data = g.m.low + DATA_GPA;
     data[0] = 41;
     CHECK(!convert(g.gmem, DATA_GPA, DATA_PAGES * PAGE, true), "errno %d", errno);
     CHECK_ERRNO(command(g.m.vm, FINALIZE_VM, 0, NULL), EINVAL);
-    CHECK_ERRNO(command(g.m.vcpu, INIT_VM, 0, init), EINVAL);
-    CHECK_ERRNO(command(g.m.vm, INIT_VM, 1, init), EINVAL);
-    CHECK(!command(g.m.vm, INIT_VM, 0, init), "errno %d", errno);
-    CHECK_ERRNO(command(g.m.vm, INIT_VM, 0, init), EINVAL);
+    CHECK_ERRNO(command(g.m.vm, INIT_VM, 1, &init), EINVAL);
+    CHECK(!command(g.m.vm, INIT_VM, 0, &init), "errno %d", errno);
+    CHECK_ERRNO(command(g.m.vm, INIT_VM, 0, &init), EINVAL);
+    CHECK(!start_vcpu(&g), "errno %d", errno);
+    CHECK_ERRNO(command(g.m.vcpu, INIT_VM, 0, &init), EINVAL);
     CHECK(!command(g.m.vcpu, INIT_VCPU, 0, NULL), "errno %d", errno);
     CHECK(!measure(&g, 0, MEASURED), "errno %d", errno);
     CHECK_ERRNO(command(g.m.vm, INIT_MEM_REGION, MEASURE, &region), EINVAL);
@@ -62,11 +51,13 @@ static void launched_in_place(void) {
 
 static void by_the_shared_bit(void) {
     struct guest g;
-    uint64_t init[512] = {0};
+    struct init_vm init = default_init_vm();
 
     CHECK(!open_guest(&g, TDX_VM, 0, SHARED_BIT), "errno %d", errno);
+    CHECK(!split_irqchip(g.m.vm), "errno %d", errno);
     g.m.low[DATA_GPA] = 41;
-    CHECK(!command(g.m.vm, INIT_VM, 0, init), "errno %d", errno);
+    CHECK(!command(g.m.vm, INIT_VM, 0, &init), "errno %d", errno);
+    CHECK(!start_vcpu(&g), "errno %d", errno);
     CHECK(!command(g.m.vcpu, INIT_VCPU, 0, NULL), "errno %d", errno);
     CHECK(!measure(&g, 0, MEASURED), "errno %d", errno);
     CHECK(!measure(&g, DATA_GPA, 2 * PAGE), "errno %d", errno);

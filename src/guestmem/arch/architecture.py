@@ -17,7 +17,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple, Protocol
+from errno import EIO
+from typing import Any, NamedTuple, Protocol
 
 from guestmem.cpu.engine import PageBit
 from guestmem.memory import Pfn
@@ -26,8 +27,11 @@ from guestmem.memory import Pfn
 class FirmwareError(Exception):
     """A call of hardware or firmware that did not succeed. `code` is the manual's name of what it returned.
 
-    `corrected` is what firmware would have accepted, where it says so (SNP's CPUID page).
+    `corrected` is what firmware would have accepted, where it says so (SNP's CPUID page). `answer` is the errno that
+    KVM makes of it.
     """
+
+    answer = EIO
 
     def __init__(self, call: str, code: str, corrected: bytes | None = None, **facts: object) -> None:
         self.call = call
@@ -136,8 +140,11 @@ class GuestArchitecture(Protocol):
         """Whether the hardware lets the guest access a page through a private leaf of `order`; if not, it faults."""
         ...
 
-    def start(self, policy: int) -> None:
-        """Launch begins. Raises: FirmwareError."""
+    def start(self, parameters: Any = None) -> None:
+        """Launch begins, with what the architecture wants to know (a policy's bits, a TdParams), None for its default.
+
+        Raises: FirmwareError.
+        """
         ...
 
     def populate(self, gfn: int, block: Block, source: bytes | None, kind: int = 0) -> None:
@@ -151,8 +158,9 @@ class GuestArchitecture(Protocol):
         """Whether firmware may have another idea of a page of this kind, and `populate` fail with what it is."""
         ...
 
-    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
-        """Launch ends; the measurement. `vcpu_states` are the vCPUs' registers, each a struct kvm_regs, by number.
+    def finalize(self, vcpu_states: Mapping[int, bytes], parameters: Any = None) -> bytes:
+        """Launch ends; the measurement. `vcpu_states` are the vCPUs' registers, each a struct kvm_regs, by number;
+        `parameters` the architecture's own (SNP's LaunchFinish).
 
         Raises: FirmwareError.
         """

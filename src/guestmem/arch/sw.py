@@ -83,7 +83,7 @@ class SoftwareGuest:
     def check_access(self, gfn: int, pfn: Pfn, order: int, write: bool) -> bool:
         return True
 
-    def start(self, policy: int) -> None:
+    def start(self, parameters: object = None) -> None:
         """Nothing begins."""
 
     def populate(self, gfn: int, block: Block, source: bytes | None, kind: int = 0) -> None:
@@ -94,7 +94,7 @@ class SoftwareGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
+    def finalize(self, vcpu_states: Mapping[int, bytes], parameters: object = None) -> bytes:
         return b""
 
     def enter(self, vcpu: int) -> None:

@@ -22,8 +22,8 @@ def print_report(report: Report) -> None:
         console.print(_calls(report))
     if report.refusals:
         console.print(Text("refused (guestmem explain RULE says more)", style="bold"))
-        for (call, rule), count in report.refusals.most_common():
-            console.print(Text(f"  {count:>6} x {call} -> {report.examples[call, rule]}"))
+        for kind, count in report.refusals.most_common():
+            console.print(Text(f"  {count:>6} x {kind[0]} -> {report.examples[kind]}"))
     if report.unknown:
         console.print(Text("not served", style="bold"))
         for (on, request), count in report.unknown.most_common():

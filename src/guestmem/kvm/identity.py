@@ -94,6 +94,7 @@ class VirtualMachine:
         self.identity = identity or pool.allocate()
         self.architecture = platform.new_guest(*self.identity)
         self.lifetime = lifetime
+        self.encryption_initialised = False
         self.references = RefCount(scheduler, f"virtual machine {self.identity.generation}")
         self._pool = pool
 

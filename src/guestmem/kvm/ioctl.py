@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from guestmem.kvm.context import KvmGmemContext
@@ -27,7 +26,7 @@ from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.snp_op import snp_op
-from guestmem.kvm.tdx_op import tdx_op
+from guestmem.kvm.tdx_op import check_vcpu, tdx_op, tdx_vcpu_op
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import HostAddressSpace, Kvm
 from guestmem.kvm.vm_attributes import set_memory_attributes
@@ -208,12 +207,21 @@ async def encrypt_vcpu(caller: Caller, vcpu: Vcpu, argument: int) -> int:
     op = _VCPU_ENCRYPT_OPS.get(vcpu.kvm.vm_type)
     if op is None:
         raise Refusal(errno.ENOTTY, "ioctl.unknown", request=uapi.KVM_MEMORY_ENCRYPT_OP, on="vCPU")
-    return await op(vcpu.kvm, caller.mm, argument)
+    return await op(vcpu, caller.mm, argument)
+
+
+def check_vcpu_creation(kvm: Kvm) -> None:
+    """What a type of VM has against a vCPU now, before one is made. Source: kvm_arch_vcpu_precreate."""
+    check = _VCPU_CHECKS.get(kvm.vm_type)
+    if check is not None:
+        check(kvm)
 
 
 _EncryptOp: TypeAlias = Callable[[Kvm, HostAddressSpace, int], Awaitable[int]]
-_ENCRYPT_OPS: dict[VmType, _EncryptOp] = {VmType.SNP: snp_op, VmType.TDX: partial(tdx_op, on_vcpu=False)}
-_VCPU_ENCRYPT_OPS: dict[VmType, _EncryptOp] = {VmType.TDX: partial(tdx_op, on_vcpu=True)}
+_VcpuEncryptOp: TypeAlias = Callable[[Vcpu, HostAddressSpace, int], Awaitable[int]]
+_ENCRYPT_OPS: dict[VmType, _EncryptOp] = {VmType.SNP: snp_op, VmType.TDX: tdx_op}
+_VCPU_ENCRYPT_OPS: dict[VmType, _VcpuEncryptOp] = {VmType.TDX: tdx_vcpu_op}
+_VCPU_CHECKS: dict[VmType, Callable[[Kvm], None]] = {VmType.TDX: check_vcpu}
 
 VM_IOCTLS: dict[int, VmIoctl] = {
     uapi.KVM_SET_USER_MEMORY_REGION: _set_region,

@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import struct
 from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any
 
 from guestmem.arch import Block, FirmwareError
 from guestmem.kvm.addresses import Gfn
@@ -28,18 +29,18 @@ from guestmem.trace import Refusal
 _REGISTERS = struct.Struct("<18Q")  # struct kvm_regs
 
 
-async def launch_start(kvm: Kvm, policy: int) -> None:
-    """The virtual machine gets a context in firmware. `policy` is the architecture's own.
+async def launch_start(kvm: Kvm, parameters: Any = None) -> None:
+    """The virtual machine gets a context in firmware. `parameters` are the architecture's own, None for its default.
 
-    Raises: Refusal EIO `ioctl.vm_dead`; EINVAL `launch.done`; EIO `launch.start`.
+    Raises: Refusal EIO `ioctl.vm_dead`; EINVAL `launch.done`; EIO, or what the architecture has for it, `launch.start`.
     """
     kvm.check_alive()
     async with kvm.lock:
         _check_launching(kvm)
         try:
-            kvm.machine.architecture.start(policy)
+            kvm.machine.architecture.start(parameters)
         except FirmwareError as error:
-            raise Refusal(errno.EIO, "launch.start", call=error.call, code=error.code) from error
+            raise Refusal(error.answer, "launch.start", call=error.call, code=error.code) from error
 
 
 async def launch_update(kvm: Kvm, gfn: Gfn, source_hva: int | None, pages: int, kind: int = 0) -> int:
@@ -60,18 +61,18 @@ async def launch_update(kvm: Kvm, gfn: Gfn, source_hva: int | None, pages: int, 
                 write_host(source.hva, error.corrected)
             if "unmeasured" in error.facts:
                 kvm.dead = True  # the page was added: no guest may begin with it (known bug B50)
-            raise Refusal(errno.EIO, "launch.update", gfn=gfn, call=error.call, code=error.code) from error
+            raise Refusal(error.answer, "launch.update", gfn=gfn, call=error.call, code=error.code) from error
 
     async with kvm.lock:
         _check_launching(kvm)
         return await populate(kvm, gfn, source_hva, pages, add, corrects_source=architecture.corrects(kind))
 
 
-async def launch_finish(kvm: Kvm) -> bytes:
-    """The measurement; vCPUs may run from now on.
+async def launch_finish(kvm: Kvm, parameters: Any = None) -> bytes:
+    """The measurement; vCPUs may run from now on. `parameters` as for launch_start.
 
-    Raises: Refusal EIO `ioctl.vm_dead`; EINVAL `launch.done`; EBUSY `launch.vcpu_creation`; EINTR `launch.killed`; EIO
-    `launch.finish`, nothing changed.
+    Raises: Refusal EIO `ioctl.vm_dead`; EINVAL `launch.done`; EBUSY `launch.vcpu_creation`; EINTR `launch.killed`; EIO,
+    or what the architecture has for it, `launch.finish`, nothing changed.
     """
     kvm.check_alive()
     async with kvm.lock:
@@ -83,9 +84,9 @@ async def launch_finish(kvm: Kvm) -> bytes:
             try:
                 states = {number: _state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)}
                 await kvm.scheduler.preempt("vCPU state read, launch not finished")
-                return kvm.machine.architecture.finalize(states)
+                return kvm.machine.architecture.finalize(states, parameters)
             except FirmwareError as error:
-                raise Refusal(errno.EIO, "launch.finish", call=error.call, code=error.code) from error
+                raise Refusal(error.answer, "launch.finish", call=error.call, code=error.code) from error
             finally:
                 kvm.finishing = None
 

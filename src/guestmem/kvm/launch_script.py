@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
-from guestmem.arch.snp.firmware import POLICY_RESERVED_1
 from guestmem.kvm.addresses import gfn_of
 from guestmem.kvm.launch import launch_finish, launch_start, launch_update
 from guestmem.kvm.vm import Kvm
@@ -27,9 +26,10 @@ class LaunchHandle:
         self._run: Any = run
         self._kvm = kvm
 
-    def start(self, policy: int = POLICY_RESERVED_1) -> None:
-        """SNP_LAUNCH_START and its like. Raises: Refusal `launch.*`."""
-        self._run(launch_start(self._kvm, policy), "launch start")
+    def start(self, parameters: Any = None) -> None:
+        """SNP_LAUNCH_START and its like, with the architecture's own parameters (SNP's policy, TDX's TdParams), None
+        for its default. Raises: Refusal `launch.*`."""
+        self._run(launch_start(self._kvm, parameters), "launch start")
 
     def update(self, gpa: int, source: Memory | None = None, pages: int = 1, kind: int = 0) -> int:
         """SNP_LAUNCH_UPDATE: add and measure private pages, in place without `source`; how many were done.
@@ -40,7 +40,8 @@ class LaunchHandle:
         done: int = self._run(launch_update(self._kvm, gfn_of(gpa), hva, pages, kind), "launch update")
         return done
 
-    def finish(self) -> bytes:
-        """SNP_LAUNCH_FINISH: the measurement. Raises: Refusal `launch.*`."""
-        digest: bytes = self._run(launch_finish(self._kvm), "launch finish")
+    def finish(self, parameters: Any = None) -> bytes:
+        """SNP_LAUNCH_FINISH and its like, with the architecture's own parameters (SNP's LaunchFinish): the measurement.
+        Raises: Refusal `launch.*`."""
+        digest: bytes = self._run(launch_finish(self._kvm, parameters), "launch finish")
         return digest

@@ -195,7 +195,7 @@ class Vcpu:
 
     async def _halt(self) -> Exit:
         """With an interrupt controller in the kernel the vCPU sleeps there; nothing but a signal can wake it here."""
-        if self.kvm.irqchip is None:
+        if not self.kvm.apic_in_kernel:
             return HltExit()
         scheduler = self.kvm.scheduler
         task = scheduler.current

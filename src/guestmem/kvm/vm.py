@@ -138,7 +138,6 @@ class Kvm:
         self.created_vcpus = 0  # and those that are being made
         self.dead = False
         self.entered = False  # a vCPU has run
-        self.encryption_initialised = False  # KVM_SEV_INIT2
         self.finishing: Task[Any] | None = None  # who ends the launch
         self.migration_in_progress = False
         self.preserved = False  # for a live update: the identity stays where it is
@@ -147,6 +146,7 @@ class Kvm:
         self.enabled_hypercalls = 0
         self.io_devices: list[IoDevice] = []
         self.irqchip: dict[int, bytes] | None = None  # KVM_CREATE_IRQCHIP; saved state by chip
+        self.split_irqchip = False  # KVM_CAP_SPLIT_IRQCHIP
         self.clock_offset_ns = 0
         self.references = RefCount(scheduler, f"kvm {number}")
         self.destroyed = False
@@ -171,10 +171,25 @@ class Kvm:
         return KVM_MEMORY_ATTRIBUTE_PRIVATE if tracked_here else 0
 
     @property
+    def encryption_initialised(self) -> bool:
+        """Whether KVM_SEV_INIT2 or KVM_TDX_INIT_VM was done; of the virtual machine, so it moves along."""
+        return self.machine.encryption_initialised
+
+    @encryption_initialised.setter
+    def encryption_initialised(self, value: bool) -> None:
+        self.machine.encryption_initialised = value
+
+    @property
+    def apic_in_kernel(self) -> bool:
+        """Source: lapic_in_kernel."""
+        return self.irqchip is not None or self.split_irqchip
+
+    @property
     def identity_in_use(self) -> bool:
         """Whether anything names this VM's own identity: memory, a helper, or a guest that has run. One that nothing
         names is a destination for another VM's. Source: sev_guest(), which a destination must not be."""
-        return self.entered or self.mirror_of is not None or self.machine.references.value > 1
+        used = self.entered or self.encryption_initialised
+        return used or self.mirror_of is not None or self.machine.references.value > 1
 
     def check_alive(self) -> None:
         """Raises: Refusal EIO `ioctl.vm_dead`, as every ioctl does on a VM whose identity has moved away. Source:

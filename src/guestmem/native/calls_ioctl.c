@@ -16,6 +16,7 @@ enum { FD_AT = 4 }; /* where a structure of /dev/liveupdate has its descriptor *
 
 #define KVM_RUN 0xAE80UL
 #define KVM_SET_SIGNAL_MASK 0x4004AE8BUL
+#define KVM_MEMORY_ENCRYPT_OP 0xC008AEBAUL
 
 /* Some files are known by their number, others are found when an ioctl of ours is tried on them. */
 static bool could_be_for_us(int fd, unsigned long request)
@@ -116,7 +117,8 @@ static long file_ioctl(const struct file *file, unsigned long request, uintptr_t
     if (file->kind == KIND_VCPU && request == KVM_SET_SIGNAL_MASK)
         return -vcpu_mask_set(file->id, (const void *)argument);
     struct call call = {.reply = (void *)argument};
-    if (_IOC_DIR(request) & _IOC_WRITE) {
+    bool is_question = request == KVM_MEMORY_ENCRYPT_OP && !argument;
+    if (_IOC_DIR(request) & _IOC_WRITE && !is_question) {
         call.payload = (const void *)argument;
         call.payload_length = _IOC_SIZE(request);
     }

@@ -43,8 +43,8 @@ class Report:
 
     def __init__(self) -> None:
         self._requests: Counter[tuple[int, int]] = Counter()  # by op and, for ioctls, number
-        self.refusals: Counter[tuple[str, str]] = Counter()  # by call and rule
-        self.examples: dict[tuple[str, str], str] = {}  # the first of each, with its numbers
+        self.refusals: Counter[tuple[str, str, str]] = Counter()  # by call, rule and what firmware said
+        self.examples: dict[tuple[str, str, str], str] = {}  # the first of each, with its numbers
         self.unknown: Counter[tuple[str, int]] = Counter()
         self.bugs: list[str] = []
         self.left_open: Counter[str] = Counter()
@@ -76,7 +76,7 @@ class Report:
         if refusal.rule == "ioctl.unknown":
             self.unknown[str(refusal.facts.get("on")), call.request.a & 0xFFFF_FFFF] += 1
             return
-        kind = call_name(call), refusal.rule
+        kind = call_name(call), refusal.rule, str(refusal.facts.get("code", ""))
         self.refusals[kind] += 1
         self.examples.setdefault(kind, str(refusal))
 

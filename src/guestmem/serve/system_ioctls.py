@@ -11,6 +11,7 @@ import struct
 from guestmem.arch.snp import C_BIT
 from guestmem.cpu import cpuid
 from guestmem.cpu.msrs import SAVED
+from guestmem.kvm.snp_op import SUPPORTED_POLICY_BITS, SUPPORTED_VMSA_FEATURES
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, kvm_run
 from guestmem.serve.call import Call
@@ -18,6 +19,7 @@ from guestmem.serve.cpuid_list import write_cpuid
 from guestmem.serve.files import VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
+from guestmem.uapi import sev
 from guestmem.uapi.kvm import VmType
 
 API_VERSION = 12
@@ -77,6 +79,40 @@ async def _get_feature_msrs(call: Call, argument: int) -> int:
     return 0
 
 
+async def _get_device_attr(call: Call, argument: int) -> int:
+    """struct kvm_device_attr: flags, group, attribute, and where the answer goes. Raises: Refusal ENXIO
+    `device_attr.unknown`."""
+    memory = call.client.memory
+    _, group, attribute, address = _DEVICE_ATTR.unpack(await memory.copy_from_user(argument, _DEVICE_ATTR.size))
+    await memory.copy_to_user(address, struct.pack("<Q", _device_attr(call, group, attribute)))
+    return 0
+
+
+async def _has_device_attr(call: Call, argument: int) -> int:
+    data = await call.client.memory.copy_from_user(argument, _DEVICE_ATTR.size)
+    _, group, attribute, _ = _DEVICE_ATTR.unpack(data)
+    _device_attr(call, group, attribute)
+    return 0
+
+
+def _device_attr(call: Call, group: int, attribute: int) -> int:
+    """Source: __kvm_x86_dev_get_attr, sev_dev_get_attr."""
+    has_sev = capabilities.vm_types(call.server.host.level) >> VmType.SNP & 1
+    value = _DEVICE_ATTRS.get((group, attribute)) if has_sev or group != sev.KVM_X86_GRP_SEV else None
+    if value is None:
+        raise Refusal(errno.ENXIO, "device_attr.unknown", group=group, attribute=attribute)
+    return value
+
+
+_DEVICE_ATTR = struct.Struct("<IIQQ")
+_DEVICE_ATTRS = {
+    (0, 0): 0b11,  # KVM_X86_XCOMP_GUEST_SUPP: x87 and SSE
+    (sev.KVM_X86_GRP_SEV, sev.KVM_X86_SEV_VMSA_FEATURES): SUPPORTED_VMSA_FEATURES,
+    (sev.KVM_X86_GRP_SEV, sev.KVM_X86_SNP_POLICY_BITS): SUPPORTED_POLICY_BITS,
+    (sev.KVM_X86_GRP_SEV, sev.KVM_X86_SEV_SNP_REQ_CERTS): 1,
+}
+
+
 async def _write_list(call: Call, argument: int, numbers: tuple[int, ...]) -> None:
     """struct kvm_msr_list. Raises: Refusal E2BIG `list.too_small`, with the count that is needed written."""
     memory = call.client.memory
@@ -97,4 +133,6 @@ TABLE = {
     uapi.KVM_GET_MSR_INDEX_LIST: _get_msr_index_list,
     uapi.KVM_GET_MSR_FEATURE_INDEX_LIST: _get_msr_feature_index_list,
     uapi.KVM_GET_MSRS: _get_feature_msrs,
+    uapi.KVM_GET_DEVICE_ATTR: _get_device_attr,
+    uapi.KVM_HAS_DEVICE_ATTR: _has_device_attr,
 }

@@ -170,7 +170,7 @@ def _get_mp_state(vcpu: Vcpu) -> bytes:
 
 def _set_mp_state(vcpu: Vcpu, data: bytes) -> None:
     (state,) = struct.unpack("<I", data)
-    if state not in _MP_STATES or (state and vcpu.kvm.irqchip is None):
+    if state not in _MP_STATES or (state and not vcpu.kvm.apic_in_kernel):
         raise Refusal(errno.EINVAL, "vcpu.mp_state", mp_state=state)
     vcpu.mp_state = state
 

@@ -208,7 +208,7 @@ def set_events(vcpu: Vcpu, data: bytes) -> None:
 
 def get_lapic(vcpu: Vcpu) -> bytes:
     """The registers as last set: no APIC is emulated. Raises: Refusal EINVAL `lapic.none` without one in the kernel."""
-    if vcpu.kvm.irqchip is None:
+    if not vcpu.kvm.apic_in_kernel:
         raise Refusal(errno.EINVAL, "lapic.none", vcpu=vcpu.number)
     return vcpu.lapic
 

@@ -13,7 +13,7 @@ import time
 from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.dirty_log import clear_dirty_log, get_dirty_log
 from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_from
-from guestmem.kvm.ioctl import VM_IOCTLS
+from guestmem.kvm.ioctl import VM_IOCTLS, check_vcpu_creation
 from guestmem.kvm.vcpu import create_vcpu
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, io_devices
@@ -21,6 +21,7 @@ from guestmem.serve.call import Call, CallFiles, KvmCaller
 from guestmem.serve.files import VcpuFile, VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
+from guestmem.uapi.kvm import VmType
 from guestmem.uapi.structs import LinkGuestMemfd, UserspaceMemoryRegion2
 
 _ENABLE_CAP = struct.Struct("<II4Q64x")
@@ -41,9 +42,10 @@ async def _check_extension(call: Call, number: int) -> int:
 
 
 async def _create_vcpu(call: Call, number: int) -> int:
-    """Raises: Refusal EINVAL `vcpu.number`; EEXIST `vcpu.exists`."""
+    """Raises: Refusal EINVAL `vcpu.number`; as check_vcpu_creation; EEXIST `vcpu.exists`."""
     if number >= capabilities.MAX_VCPUS:
         raise Refusal(errno.EINVAL, "vcpu.number", vcpu=number, limit=capabilities.MAX_VCPUS)
+    check_vcpu_creation(_kvm(call))
     file = VcpuFile(call.client, await create_vcpu(_kvm(call), number))
     assert isinstance(call.file, VmFile)
     if call.file.ring.run is None:
@@ -103,14 +105,35 @@ async def _set_nr_mmu_pages(call: Call, pages: int) -> int:
 
 
 async def _create_irqchip(call: Call, argument: int) -> int:
-    """Raises: Refusal EEXIST `irqchip.exists`; EINVAL `irqchip.late` once there are vCPUs."""
+    """Raises: Refusal EEXIST `irqchip.exists`; ENOTTY `irqchip.protected`; EINVAL `irqchip.late` after vCPUs."""
     kvm = _kvm(call)
-    if kvm.irqchip is not None:
-        raise Refusal(errno.EEXIST, "irqchip.exists", vm=kvm.number)
-    if kvm.vcpus:
-        raise Refusal(errno.EINVAL, "irqchip.late", vcpus=len(kvm.vcpus))
+    _check_no_irqchip(kvm)
+    if kvm.vm_type in _PROTECTED_EOI:
+        raise Refusal(errno.ENOTTY, "irqchip.protected", vm=kvm.number)
+    _check_no_vcpus(kvm)
     kvm.irqchip = {}
     return 0
+
+
+def _split_irqchip(kvm: Kvm) -> None:
+    """The APICs are the kernel's, the other controllers the VMM's. Raises: Refusal EEXIST `irqchip.exists`; EINVAL
+    `irqchip.late`. Source: kvm_vm_ioctl_enable_cap, KVM_CAP_SPLIT_IRQCHIP."""
+    _check_no_irqchip(kvm)
+    _check_no_vcpus(kvm)
+    kvm.split_irqchip = True
+
+
+def _check_no_irqchip(kvm: Kvm) -> None:
+    if kvm.apic_in_kernel:
+        raise Refusal(errno.EEXIST, "irqchip.exists", vm=kvm.number)
+
+
+def _check_no_vcpus(kvm: Kvm) -> None:
+    if kvm.vcpus:
+        raise Refusal(errno.EINVAL, "irqchip.late", vcpus=len(kvm.vcpus))
+
+
+_PROTECTED_EOI = (VmType.TDX,)
 
 
 def _irqchip(call: Call) -> dict[int, bytes]:
@@ -207,6 +230,8 @@ async def _enable_cap(call: Call, argument: int) -> int:
         raise Refusal(errno.EINVAL, "enable_cap.argument", cap=cap, flags=flags, value=value)
     if cap == capabilities.EXIT_HYPERCALL:
         _kvm(call).enabled_hypercalls = value
+    elif cap == capabilities.SPLIT_IRQCHIP:
+        _split_irqchip(_kvm(call))
     return 0
 
 
@@ -215,6 +240,7 @@ _CONTEXT_FROM = {
     uapi.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: move_enc_context_from,
 }
 _ENABLED_BITS = {
+    capabilities.SPLIT_IRQCHIP: 0xFFFF_FFFF,  # how many lines the VMM's controllers have
     capabilities.EXIT_HYPERCALL: capabilities.EXIT_HYPERCALL_VALID,
     capabilities.DISABLE_QUIRKS: capabilities.QUIRKS_VALID,
     capabilities.DISABLE_QUIRKS2: capabilities.QUIRKS_VALID,

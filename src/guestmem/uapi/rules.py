@@ -40,7 +40,8 @@ _RETRIEVE = "LIVEUPDATE_SESSION_RETRIEVE_FD"
 _IN_PLACE = "v7.4 future"
 _FUTURE = "future"
 _CONVERT = "KVM_GMEM_CONVERT_SHARED"
-_ENCRYPT_OP = "KVM_MEMORY_ENCRYPT_OP"
+_SNP_OP = "KVM_MEMORY_ENCRYPT_OP of SNP"
+_TDX_OP = "KVM_MEMORY_ENCRYPT_OP of TDX"
 _IOMMU = "/dev/iommu"
 _IOMMU_MAP = "IOMMU_IOAS_MAP"
 _VFIO = "VFIO device"
@@ -290,6 +291,8 @@ _TABLE = (
     Rule("dirty_log.range", ("EINVAL",), "KVM_CLEAR_DIRTY_LOG", 2, "the frames are not the slot's", "[M]"),
     Rule("enable_cap.argument", ("EINVAL",), "KVM_ENABLE_CAP", 1, "no such capability to enable, or wrong bits", "[M]"),
     Rule("irqchip.exists", ("EEXIST",), "KVM_CREATE_IRQCHIP", 1, "the VM has one already", "kvm_arch_vm_ioctl [M]"),
+    Rule("device_attr.unknown", ("ENXIO",), "KVM_GET_DEVICE_ATTR", 1, "/dev/kvm has no such attribute", "x86.c [M]"),
+    Rule("irqchip.protected", ("ENOTTY",), "KVM_CREATE_IRQCHIP", 3, "a TD hides its EOIs", "has_protected_eoi [M]"),
     Rule("irqchip.late", ("EINVAL",), "KVM_CREATE_IRQCHIP", 2, "there are vCPUs already", "kvm_arch_vm_ioctl [M]"),
     Rule("irqchip.none", ("ENXIO",), "KVM_GET_IRQCHIP", 1, "the VM has no interrupt controller", "[M]"),
     Rule("lapic.none", ("EINVAL",), "KVM_GET_LAPIC", 1, "the VM has no interrupt controller", "[M]"),
@@ -352,18 +355,35 @@ _TABLE = (
     ),
     Rule("run.no_vcpu", ("EINVAL",), "KVM_RUN", 10, "firmware has no such vCPU", "tdx_vcpu_pre_run [M]"),
     Rule("run.not_launched", ("EINVAL",), "KVM_RUN", 9, "the guest's launch is not finished", "pre_sev_run [M]"),
-    Rule("snp_op.command", ("EINVAL",), _ENCRYPT_OP, 1, "no such command for this VM", "sev_mem_enc_ioctl [M]"),
-    Rule("snp_op.order", ("EINVAL",), _ENCRYPT_OP, 2, "KVM_SEV_INIT2 comes first, once", "sev_guest_init2 [M]"),
-    Rule("snp_op.argument", ("EINVAL",), _ENCRYPT_OP, 3, "a field has no such value", "snp_launch_update [M]"),
-    Rule("tdx_op.command", ("EINVAL",), _ENCRYPT_OP, 4, "no such command for this VM or vCPU", "tdx_vm_ioctl [M]"),
-    Rule("tdx_op.order", ("EINVAL",), _ENCRYPT_OP, 5, "KVM_TDX_INIT_VM comes first, once", "tdx_td_init [M]"),
-    Rule("tdx_op.argument", ("EINVAL",), _ENCRYPT_OP, 6, "a field has no such value", "tdx_vcpu_init_mem_region [M]"),
+    Rule("snp_op.mirror", ("EINVAL",), _SNP_OP, 1, "the owner's, not for a helper", "is_cmd_allowed_from_mirror [M]"),
+    Rule("snp_op.not_snp", ("EPERM",), _SNP_OP, 2, "after KVM_SEV_INIT2 only commands of SNP", "sev_mem_enc_ioctl [M]"),
+    Rule("snp_op.command", ("EINVAL",), _SNP_OP, 3, "no such command", "sev_mem_enc_ioctl [M]"),
+    Rule("snp_op.not_init", ("ENOTTY", "EINVAL"), _SNP_OP, 4, "KVM_SEV_INIT2 comes first", "sev_guest(), sev.c [M]"),
+    Rule("snp_op.vcpus", ("EINVAL",), _SNP_OP, 5, "there are vCPUs already", "__sev_guest_init, snp_enable_certs [M]"),
+    Rule("snp_op.context", ("EINVAL",), _SNP_OP, 6, "the launch has begun already", "snp_launch_start [M]"),
+    Rule("snp_op.no_context", ("EINVAL",), _SNP_OP, 7, "SNP_LAUNCH_START comes first", "snp_launch_update [M]"),
+    Rule("snp_op.argument", ("EINVAL",), _SNP_OP, 8, "a field has no such value", "__sev_guest_init, snp_launch_* [M]"),
+    Rule(
+        "snp_op.policy", ("EINVAL",), _SNP_OP, 9, "bits that KVM does not have, or not bit 17", "snp_launch_start [M]"
+    ),
+    Rule(
+        "snp_op.populate", ("EIO",), _SNP_OP, 10, "a page was not added, by the rule `cause`", "snp_launch_update [M]"
+    ),
+    Rule("tdx_op.hw_error", ("EINVAL",), _TDX_OP, 1, "hw_error is not zero", "tdx_vm_ioctl [M]"),
+    Rule("tdx_op.command", ("EINVAL",), _TDX_OP, 2, "no such command for this VM or vCPU", "tdx_vm_ioctl [M]"),
+    Rule("tdx_op.order", ("EINVAL",), _TDX_OP, 3, "too early or too late in the life of TD or vCPU", "tdx_td_init [M]"),
+    Rule("tdx_op.argument", ("EINVAL",), _TDX_OP, 4, "a field has no such value", "tdx_vcpu_init_mem_region [M]"),
+    Rule("tdx_op.vcpus", ("EBUSY",), _TDX_OP, 5, "KVM_TDX_INIT_VM comes before any vCPU", "setup_tdparams [M]"),
+    Rule("tdx_op.attributes", ("EINVAL",), _TDX_OP, 6, "an attribute that KVM or module has not", "setup_tdparams [M]"),
+    Rule("tdx_op.xfam", ("EINVAL",), _TDX_OP, 7, "a state component that this machine has not", "setup_tdparams [M]"),
+    Rule("tdx_op.cpuid", ("EINVAL",), _TDX_OP, 8, "no TD can have these CPUID values", "setup_tdparams_cpuids [M]"),
+    Rule("tdx_op.init_vcpu", ("EIO",), _TDX_OP, 9, "the module refused a vCPU", "tdx_td_vcpu_init [M]"),
     Rule("launch.done", ("EINVAL",), "launch", 1, "the guest is launched already, or needs no launch", "sev.c [M]"),
-    Rule("launch.start", ("EIO",), "launch", 2, "firmware refused to begin", "snp_launch_start [M]"),
-    Rule("launch.update", ("EIO",), "launch", 3, "firmware refused a page", "sev_gmem_post_populate [M]"),
+    Rule("launch.start", ("EIO", "ENOTTY", "EINVAL"), "launch", 2, "firmware refused to begin", "snp_launch_start [M]"),
+    Rule("launch.update", ("EIO", "EBUSY"), "launch", 3, "firmware refused a page", "sev_gmem_post_populate [M]"),
     Rule("launch.vcpu_creation", ("EBUSY",), "launch", 4, "a vCPU is being made", "af44c79b31e4 [M]"),
     Rule("launch.killed", ("EINTR",), "launch", 5, "killed while it waited for the vCPUs", "kvm_lock_all_vcpus [M]"),
-    Rule("launch.finish", ("EIO",), "launch", 6, "firmware refused to end it", "snp_launch_finish [M]"),
+    Rule("launch.finish", ("EIO", "EBUSY"), "launch", 6, "firmware refused to end it", "snp_launch_finish [M]"),
     # KVM_PRE_FAULT_MEMORY, populate, vCPUs, identities
     Rule("prefault.flags", ("EINVAL",), _PREFAULT, 2, "flags must be zero", "uapi.md 12 [M] [O G40]"),
     Rule("prefault.unaligned", ("EINVAL",), _PREFAULT, 3, "gpa or size is not page aligned", "[M] [O G42]"),
@@ -377,6 +397,8 @@ _TABLE = (
     Rule("populate.shared", ("EINVAL",), "populate", 4, "only private pages are populated", "e4ee54479273 [M]"),
     Rule("run.interrupted", ("EINTR",), "KVM_RUN", 0, "immediate_exit is set, or a signal is pending", "[M]"),
     Rule("vcpu.number", ("EINVAL",), "KVM_CREATE_VCPU", 0, "the number is too large", "kvm_vm_ioctl_create_vcpu [M]"),
+    Rule("vcpu.td_state", ("EIO",), "KVM_CREATE_VCPU", 2, "not between TDX_INIT_VM and FINALIZE_VM", "tdx_vcpu_create"),
+    Rule("vcpu.no_apic", ("EINVAL",), "KVM_CREATE_VCPU", 3, "a TD needs an APIC in the kernel", "tdx_vcpu_create [M]"),
     Rule("vcpu.exists", ("EEXIST",), "KVM_CREATE_VCPU", 1, "the VM has a vCPU of this number", "[M]"),
     Rule("create_vm.type", ("EINVAL",), "KVM_CREATE_VM", 0, "no such type of VM", "kvm_is_vm_type_supported [O C14]"),
     Rule("identity.exhausted", ("EBUSY",), "KVM_CREATE_VM", 1, "every ASID or HKID is in use", "sev_asid_new [M]"),

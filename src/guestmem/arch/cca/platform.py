@@ -121,7 +121,7 @@ class CcaGuest:
 
     # Launch
 
-    def start(self, policy: int) -> None:
+    def start(self, parameters: int | None = None) -> None:
         """RMI_REALM_CREATE."""
         if self.rd:
             raise FirmwareError("RMI_REALM_CREATE", "RMI_ERROR_INPUT", rd=self.rd)
@@ -129,7 +129,7 @@ class CcaGuest:
         try:
             for _ in range(2):
                 granules.append(self._platform.take_granule())
-            self._monitor.realm_create(granules[0], granules[1], policy.to_bytes(8, "little"))
+            self._monitor.realm_create(granules[0], granules[1], (parameters or 0).to_bytes(8, "little"))
         except FirmwareError:
             for granule in granules:
                 self._platform.give_back(granule)
@@ -155,7 +155,7 @@ class CcaGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
+    def finalize(self, vcpu_states: Mapping[int, bytes], parameters: object = None) -> bytes:
         """RMI_REC_CREATE for each vCPU, then RMI_REALM_ACTIVATE; the realm's initial measurement (RIM)."""
         for vcpu, state in vcpu_states.items():
             if vcpu in self.recs:  # of an attempt that failed later

@@ -74,7 +74,7 @@ class PkvmGuest:
 
     # Launch
 
-    def start(self, policy: int) -> None:
+    def start(self, parameters: object = None) -> None:
         self._hypervisor.init_vm(self.number)
 
     def populate(self, gfn: int, block: Block, source: bytes | None, kind: int = 0) -> None:
@@ -87,7 +87,7 @@ class PkvmGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
+    def finalize(self, vcpu_states: Mapping[int, bytes], parameters: object = None) -> bytes:
         self.launched = True
         return b""
 

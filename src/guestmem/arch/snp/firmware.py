@@ -6,7 +6,7 @@ Each command returns a status by its name in SEV_STATUS. An ASID that was decomm
 cache lines are still about.
 
 Source: SEV Secure Nested Paging Firmware ABI Specification, chapters 4 (guest context) and 8 (commands);
-include/uapi/linux/psp-sev.h for the numbers.
+`status.py` for the numbers.
 """
 
 from __future__ import annotations
@@ -16,35 +16,19 @@ import enum
 import struct
 from collections.abc import Callable
 
+from guestmem.arch.snp import policy as guest_policy
 from guestmem.arch.snp.digest import DIGEST_BYTES, VMSA_GPA, PageType, extend
+from guestmem.arch.snp.id_block import NO_ID_BLOCK, Attested, LaunchFinish, check
 from guestmem.arch.snp.rmp import Rmp
+from guestmem.arch.snp.status import SevStatus as SevStatus
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Pfn
 
 CPUID_ENTRIES = 64
 _CPUID_HEADER = struct.Struct("<IIQ")
 _CPUID_ENTRY = struct.Struct("<IIQQIIIIQ")
 _VMX = 1 << 5  # of CPUID leaf 1, ECX: no AMD processor has it
-POLICY_RESERVED_1 = 1 << 17
-
-
-class SevStatus(enum.IntEnum):
-    """SEV_STATUS, as far as it is returned here."""
-
-    SUCCESS = 0
-    INVALID_PLATFORM_STATE = 1
-    INVALID_GUEST_STATE = 2
-    POLICY_FAILURE = 7
-    INACTIVE = 8
-    ASID_OWNED = 0xC
-    INVALID_ASID = 0xD
-    DFFLUSH_REQUIRED = 0xF
-    INVALID_GUEST = 0x10
-    ACTIVE = 0x12
-    INVALID_PARAM = 0x16
-    RESOURCE_LIMIT = 0x17
-    INVALID_PAGE_SIZE = 0x19
-    INVALID_PAGE_STATE = 0x1A
-    INVALID_PAGE_OWNER = 0x1C
+POLICY_RESERVED_1 = guest_policy.RESERVED_1
+ABI_VERSION = (1, 55)
 
 
 class GuestState(enum.Enum):
@@ -62,17 +46,23 @@ class Context:
     state: GuestState = GuestState.INIT
     asid: int = 0
     digest: bytes = bytes(DIGEST_BYTES)
+    policy: int = 0
+    attested: Attested | None = None
     decommissioned: bool = False
 
 
 class Firmware:
-    """`contexts` is how many guest contexts it can have. `fails` is asked before each command."""
+    """`contexts` is how many guest contexts it can have, `smt` whether the machine's cores have two threads: here they
+    have one. `fails` is asked before each command."""
 
-    def __init__(self, rmp: Rmp, contexts: int = 1024, fails: Callable[[str], bool] = lambda _: False) -> None:
+    def __init__(
+        self, rmp: Rmp, contexts: int = 1024, smt: bool = False, fails: Callable[[str], bool] = lambda _: False
+    ) -> None:
         self.contexts: list[Context] = []
         self.dirty_asids: set[int] = set()
         self._rmp = rmp
         self._limit = contexts
+        self._smt = smt
         self._fails = fails
 
     def gctx_create(self) -> Context | SevStatus:
@@ -84,13 +74,14 @@ class Firmware:
         return context
 
     def launch_start(self, context: Context, policy: int) -> SevStatus:
-        """SNP_LAUNCH_START. Bit 17 of a policy is reserved and one."""
+        """SNP_LAUNCH_START, where the machine can meet the policy."""
         if context.decommissioned or context not in self.contexts:
             return SevStatus.INVALID_GUEST
         if context.state is not GuestState.INIT:
             return SevStatus.INVALID_GUEST_STATE
-        if not policy & POLICY_RESERVED_1 or self._fails("snp: LAUNCH_START"):
+        if not guest_policy.is_met(policy, ABI_VERSION, self._smt) or self._fails("snp: LAUNCH_START"):
             return SevStatus.POLICY_FAILURE
+        context.policy = policy
         context.state = GuestState.LAUNCH
         return SevStatus.SUCCESS
 
@@ -146,8 +137,8 @@ class Firmware:
         entry.vmsa = page_type is PageType.VMSA
         return SevStatus.SUCCESS, None
 
-    def launch_finish(self, context: Context) -> SevStatus:
-        """SNP_LAUNCH_FINISH."""
+    def launch_finish(self, context: Context, finish: LaunchFinish = NO_ID_BLOCK) -> SevStatus:
+        """SNP_LAUNCH_FINISH: if there is an ID block, the guest must be what it says."""
         if context.decommissioned or context not in self.contexts:
             return SevStatus.INVALID_GUEST
         if context.state is not GuestState.LAUNCH:
@@ -156,6 +147,10 @@ class Firmware:
             return SevStatus.INACTIVE
         if self._fails("snp: LAUNCH_FINISH"):
             return SevStatus.INVALID_PLATFORM_STATE
+        attested = check(finish, context.digest, context.policy)
+        if isinstance(attested, SevStatus):
+            return attested
+        context.attested = attested
         context.state = GuestState.RUNNING
         return SevStatus.SUCCESS
 

@@ -10,6 +10,7 @@ sev_vm_destroy; in-place v8's make_shared; 934002cd660b (DECOMMISSION on error p
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -17,8 +18,11 @@ from guestmem.arch.architecture import Block, FirmwareError, Owner
 from guestmem.arch.snp.cipher import MemoryKey
 from guestmem.arch.snp.digest import PageType
 from guestmem.arch.snp.firmware import Context, Firmware, GuestState, SevStatus
+from guestmem.arch.snp.id_block import NO_ID_BLOCK, LaunchFinish
+from guestmem.arch.snp.policy import DEFAULT as DEFAULT_POLICY
 from guestmem.arch.snp.rmp import FIRST_OWN, READ, WRITE, Entry, Fault, Rmp, State, Status
 from guestmem.arch.snp.vcpus import OwnPages, SnpVcpus
+from guestmem.arch.snp.vmsa import SNP_ACTIVE
 from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Pfn, read_host, write_host
 
@@ -103,6 +107,7 @@ class SnpGuest:
         self.asid = asid
         self.generation = generation
         self.context: Context | None = None
+        self.vmsa_features = SNP_ACTIVE
         self.ended = False
         self.vcpus = SnpVcpus(platform.rmp, platform.firmware, platform.own_pages, asid)
         self._key = platform.keys[asid][1]
@@ -186,14 +191,18 @@ class SnpGuest:
 
     # Launch
 
-    def start(self, policy: int) -> None:
-        """GCTX_CREATE, LAUNCH_START, ACTIVATE; whatever fails, the context does not stay behind (known bug B41)."""
+    def start(self, parameters: int | None = None) -> None:
+        """GCTX_CREATE, LAUNCH_START with a policy, ACTIVATE; whatever fails, the context does not stay behind (known
+        bug B41)."""
+        policy = DEFAULT_POLICY if parameters is None else parameters
         if self.context is not None:
             raise FirmwareError("SNP_LAUNCH_START", SevStatus.INVALID_GUEST_STATE.name)
         firmware = self.platform.firmware
         context = firmware.gctx_create()
         if isinstance(context, SevStatus):
-            raise FirmwareError("SNP_GCTX_CREATE", context.name)
+            error = FirmwareError("SNP_GCTX_CREATE", context.name)
+            error.answer = errno.ENOTTY
+            raise error
         status = firmware.launch_start(context, policy)
         call = "SNP_LAUNCH_START"
         if status is SevStatus.SUCCESS:
@@ -204,7 +213,7 @@ class SnpGuest:
             return
         if firmware.decommission(context) is not SevStatus.SUCCESS:
             self.context = context  # of no use, but teardown tries again
-        raise FirmwareError(call, status.name, asid=self.asid)
+        raise FirmwareError(call, status.name, asid=self.asid, policy=policy)
 
     def populate(self, gfn: int, block: Block, source: bytes | None, kind: int = 0) -> None:
         """The page becomes firmware's, then SNP_LAUNCH_UPDATE makes it the guest's. On failure it is the host's again
@@ -239,13 +248,13 @@ class SnpGuest:
     def corrects(self, kind: int) -> bool:
         return kind == PageType.CPUID
 
-    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
+    def finalize(self, vcpu_states: Mapping[int, bytes], parameters: LaunchFinish | None = None) -> bytes:
         """VMSAs, in the order of the vCPUs, then SNP_LAUNCH_FINISH; the launch digest."""
         context = self._launched("SNP_LAUNCH_FINISH")
         before = context.digest
         try:
-            self.vcpus.launch(context, vcpu_states)
-            status = self.platform.firmware.launch_finish(context)
+            self.vcpus.launch(context, vcpu_states, self.vmsa_features)
+            status = self.platform.firmware.launch_finish(context, parameters or NO_ID_BLOCK)
             if status is not SevStatus.SUCCESS:
                 self.vcpus.take_back()
                 raise FirmwareError("SNP_LAUNCH_FINISH", status.name, asid=self.asid)

@@ -65,11 +65,11 @@ class SnpVcpus:
         self._own_pages = own_pages
         self._asid = asid
 
-    def launch(self, context: Context, states: Mapping[int, bytes]) -> None:
+    def launch(self, context: Context, states: Mapping[int, bytes], features: int) -> None:
         """SNP_LAUNCH_UPDATE of a VMSA page for each state. Raises: FirmwareError, no page is the guest's."""
         try:
             for vcpu, state in states.items():
-                self._add(context, vcpu, vmsa_page(state))
+                self._add(context, vcpu, vmsa_page(state, features))
         except FirmwareError:
             self.take_back()
             raise

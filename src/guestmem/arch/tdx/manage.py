@@ -10,7 +10,7 @@ TDX_OPERAND_BUSY, as it does when another CPU holds what it needs.
 
 Source: TDX module ABI specification; intel/tdx-module src/vmm_dispatcher/api_calls/tdh_mng_*.c, tdh_vp_*.c,
 tdh_phymem_*.c. From memory: TDH.VP.CREATE and VP.INIT (state checks only). Left out: TDH.VP.ADDCX (a vCPU is one page
-here), the parameters of MNG.INIT, migration, nested guests.
+here), migration, nested guests; of the parameters of MNG.INIT all but what `parameters.py` has.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import enum
 from collections.abc import Callable
 
 from guestmem.arch.tdx.pamt import PageType, Pamt, PamtEntry
+from guestmem.arch.tdx.parameters import DEFAULT_PARAMS, TdParams, check
 from guestmem.arch.tdx.status import Operand, Status, TdxError
 from guestmem.arch.tdx.td import Lifecycle, OpState, Td, TdVcpu
 from guestmem.memory import Pfn
@@ -136,14 +137,16 @@ class ManagementCalls:
         self._give(td, tdcx, PageType.TDCX)
         td.tdcx.append(tdcx)
 
-    def mng_init(self, tdr: Pfn) -> None:
-        """TDH.MNG.INIT: the TDCS is whole, the measurement begins."""
+    def mng_init(self, tdr: Pfn, params: TdParams = DEFAULT_PARAMS) -> None:
+        """TDH.MNG.INIT: the TDCS is whole and says what the TD is like, the measurement begins."""
         call = "TDH.MNG.INIT"
         td = self._td(call, tdr, Operand.RCX)
         self._keys(call, td)
         if len(td.tdcx) < TDCS_PAGES:
-            raise TdxError(call, Status.TDCX_NUM_INCORRECT, pages=len(td.tdcx))
+            raise TdxError(call, Status.TDCS_NOT_ALLOCATED, pages=len(td.tdcx))
         self._op_state(call, td, OpState.UNINITIALIZED)
+        check(call, params)
+        td.params = params
         td.op_state = OpState.INITIALIZED
 
     def vp_create(self, tdr: Pfn, tdvpr: Pfn) -> None:

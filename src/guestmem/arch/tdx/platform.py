@@ -19,6 +19,7 @@ from guestmem.arch.tdx.lent_pages import LentPages
 from guestmem.arch.tdx.manage import TDCS_PAGES
 from guestmem.arch.tdx.memory_calls import MemoryCalls
 from guestmem.arch.tdx.pamt import PageType
+from guestmem.arch.tdx.parameters import DEFAULT_PARAMS, TdParams
 from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_ROOT, OpState, Sept, Td
 from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
@@ -92,7 +93,7 @@ class TdxGuest:
         self.generation = generation
         self.gfns: dict[Pfn, int] = {}
         self.tdr = Pfn(0)
-        self.tdvprs: dict[int, Pfn] = {}
+        self.tdvprs: dict[int, Pfn] = {}  # of each vCPU that was initialised, by its number
         self.inside: set[int] = set()
         self._platform = platform
         self._module = platform.module
@@ -110,7 +111,7 @@ class TdxGuest:
 
     # Launch
 
-    def start(self, policy: int) -> None:
+    def start(self, parameters: TdParams | None = None) -> None:
         """KVM_TDX_INIT_VM: TDH.MNG.CREATE, KEY.CONFIG, ADDCX and INIT. What was begun is taken back if one fails."""
         if self.tdr:
             raise FirmwareError("KVM_TDX_INIT_VM", "TD_STATE_INITIALIZED", tdr=self.tdr)
@@ -128,7 +129,7 @@ class TdxGuest:
                 module.mng_key_config(tdr, package)
             for _ in range(TDCS_PAGES):
                 self._lend(lambda page: module.mng_addcx(tdr, page))
-            module.mng_init(tdr)
+            module.mng_init(tdr, parameters or DEFAULT_PARAMS)
         except FirmwareError:
             self.teardown()
             raise
@@ -158,20 +159,23 @@ class TdxGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def finalize(self, vcpu_states: Mapping[int, bytes]) -> bytes:
-        """KVM_TDX_INIT_VCPU for each, then KVM_TDX_FINALIZE_VM. What registers hold is not part of MRTD."""
-        for vcpu in vcpu_states:
-            if vcpu not in self.tdvprs:  # else of an attempt that failed later
-                self._add_vcpu(vcpu)
-        return self._module.mr_finalize(self.tdr)
+    def init_vcpu(self, number: int) -> None:
+        """KVM_TDX_INIT_VCPU: TDH.VP.CREATE and INIT. Raises: FirmwareError."""
 
-    def _add_vcpu(self, vcpu: int) -> None:
         def create(page: Pfn) -> None:
             self._module.vp_create(self.tdr, page)
-            self._module.vp_init(self.tdr, page, vcpu)
-            self.tdvprs[vcpu] = page
+            self._module.vp_init(self.tdr, page, number)
+            self.tdvprs[number] = page
 
         self._lend(create)
+
+    def finalize(self, vcpu_states: Mapping[int, bytes], parameters: bool | None = None) -> bytes:
+        """KVM_TDX_FINALIZE_VM; before, unless `parameters` is true, KVM_TDX_INIT_VCPU of each that is without. What
+        registers hold is not part of MRTD."""
+        for number in vcpu_states:
+            if not parameters and number not in self.tdvprs:
+                self.init_vcpu(number)
+        return self._module.mr_finalize(self.tdr)
 
     # vCPUs, each on a logical CPU of its own, the one of its number
 

@@ -1,11 +1,13 @@
 """Completion status of the TDX module's calls: bits 63:32 say what happened, bits 31:0 often which operand was wrong.
 
-Source: TDX module ABI specification, "Function Completion Status Codes"; intel/tdx-module api_error.h.
+Source: TDX module ABI specification, "Function Completion Status Codes"; intel/tdx-module
+include/auto_gen_2_0/tdx_error_codes_defs.h.
 """
 
 from __future__ import annotations
 
 import enum
+from errno import EBUSY, EINVAL, EIO
 
 from guestmem.arch.architecture import FirmwareError
 
@@ -20,8 +22,9 @@ class Status(enum.IntEnum):
     PAGE_METADATA_INCORRECT = 0xC0000300
     PAGE_NOT_FREE = 0xC0000303
     HPA_RANGE_NOT_FREE = 0xC0000304
-    MISSING_PAMT_PAGE_PAIR = 0xC00003FF  # the name is the module's, the number ours: no public text gives it
+    MISSING_PAMT_PAGE_PAIR = 0x80000308
     TD_ASSOCIATED_PAGES_EXIST = 0xC0000400
+    TDCS_NOT_ALLOCATED = 0xC0000606
     LIFECYCLE_STATE_INCORRECT = 0xC0000607
     OP_STATE_INCORRECT = 0xC0000608
     NO_VCPUS = 0xC0000609
@@ -54,9 +57,20 @@ class Operand(enum.IntEnum):
     RCX = 1
     RDX = 2
     R8 = 8
+    ATTRIBUTES = 64
+    XFAM = 65
+    CPUID_CONFIG = 69
     TDR = 128
     TD_EPOCH = 169
     KOT = 186
+
+
+_ANSWERS = {
+    ("TDH.MNG.INIT", Status.OPERAND_INVALID): EINVAL,
+    ("TDH.MEM.PAGE.ADD", Status.OPERAND_BUSY): EBUSY,
+    ("TDH.MR.FINALIZE", Status.OPERAND_BUSY): EBUSY,
+}
+"""What KVM answers besides EIO. Source: tdx.c __tdx_td_init, tdx_gmem_post_populate, tdx_td_finalize."""
 
 
 class TdxError(FirmwareError):
@@ -64,5 +78,6 @@ class TdxError(FirmwareError):
 
     def __init__(self, call: str, status: Status, operand: Operand = Operand.NONE, **facts: object) -> None:
         self.status = status << 32 | max(operand, 0)
+        self.answer = _ANSWERS.get((call, status), EIO)
         code = f"TDX_{status.name}" + (f"|{operand.name}" if operand is not Operand.NONE else "")
         super().__init__(call, code, None, **facts)

@@ -7,6 +7,7 @@ import enum
 import hashlib
 from typing import NamedTuple
 
+from guestmem.arch.tdx.parameters import DEFAULT_PARAMS
 from guestmem.memory import Pfn
 
 LEVEL_4K, LEVEL_2M, LEVEL_1G, LEVEL_ROOT = 0, 1, 2, 3
@@ -122,6 +123,7 @@ class Td:
         self.hkid = hkid
         self.lifecycle = Lifecycle.HKID_ASSIGNED
         self.op_state = OpState.UNINITIALIZED
+        self.params = DEFAULT_PARAMS
         self.configured_packages: set[int] = set()
         self.tdcx: list[Pfn] = []
         self.children = 0
