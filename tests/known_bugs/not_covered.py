@@ -6,7 +6,6 @@ Not mutants: an entry moves out of here with the code that it is about (test_kno
 NOT_COVERED = {
     "B09": "no folio larger than 4K is made: huge pages",
     "B10": "no NUMA policy is kept",
-    "B17": "no dirty state is kept, so that a corrected CPUID page has none to lose",
     "B22": "no per-CPU LRU batches hold references",
     "B33": "no direct map",
     "B36": "no count of safe references: references are looked at under the exclusive lock",

@@ -270,6 +270,14 @@ class Machine(Host):
         """madvise(MADV_REMOVE) of a whole mapping."""
         return self.process.mm.remove(view.hva, len(view))
 
+    def reclaim(self, view: View, page: int = 0) -> Call:
+        """Memory is short: a page of a mapping is saved and freed, if it can be. Answers whether."""
+
+        async def reclaim() -> str:
+            return "freed" if await self.process.mm.reclaim(view.hva + page * PAGE_SIZE) else "kept"
+
+        return reclaim()
+
     # For the explorer
 
     def start(self, policy: Policy) -> list[Task[None]]:

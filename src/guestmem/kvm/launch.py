@@ -58,7 +58,7 @@ async def launch_update(kvm: Kvm, gfn: Gfn, source_hva: int | None, pages: int, 
             architecture.populate(gfn, Block(page.pfn, 0, page.hva), contents, kind)
         except FirmwareError as error:
             if error.corrected is not None and source is not None:
-                write_host(source.hva, error.corrected)
+                correct(source, error.corrected)
             if "unmeasured" in error.facts:
                 kvm.dead = True  # the page was added: no guest may begin with it (known bug B50)
             raise Refusal(error.answer, "launch.update", gfn=gfn, call=error.call, code=error.code) from error
@@ -89,6 +89,12 @@ async def launch_finish(kvm: Kvm, parameters: Any = None) -> bytes:
                 raise Refusal(error.answer, "launch.finish", call=error.call, code=error.code) from error
             finally:
                 kvm.finishing = None
+
+
+def correct(source: PinnedPage, contents: bytes) -> None:
+    """Tell the VMM what firmware would have: in its own page, which must not be reclaimed as it was (known bug B17)."""
+    write_host(source.hva, contents)
+    source.set_dirty()
 
 
 def all_vcpus(kvm: Kvm) -> AbstractAsyncContextManager[None]:

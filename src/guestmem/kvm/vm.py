@@ -45,10 +45,13 @@ class HostPage(Protocol):
 
 
 class PinnedPage(Protocol):
-    """A page of a host address space that stays where it is until it is put."""
+    """A page of a host address space that stays where it is until it is put. Who writes to it says so with
+    `set_dirty`: no page table saw the write."""
 
     @property
     def hva(self) -> int: ...
+
+    def set_dirty(self) -> None: ...
 
     def put(self) -> None: ...
 

@@ -123,6 +123,11 @@ class FolioReference:
             return detached.hva + (self.index - self.head) * PAGE_SIZE
         return self.folios.backing.hva(self.index)
 
+    def set_dirty(self) -> None:
+        """For who wrote through the reference, which no page table saw. Source: set_page_dirty_lock."""
+        if self.folios.pfn(self.index) == self.pfn:
+            self.folios.set_dirty(self.index)
+
     def put(self) -> None:
         """Give the reference back; once."""
         assert not self._put, "S14: reference put twice"
@@ -186,6 +191,7 @@ class Folios:
         self.poisoned = BitMap64()
         self.references: dict[PageIndex, int] = {}  # head of folio -> references besides the file's own
         self.locks: dict[PageIndex, tuple[Lock, int]] = {}
+        self.dirty: set[PageIndex] | None = None  # pages that a reclaim must save; None where there is none
         self._pfns = PfnMap(max(self.order, ORDER_2M))
         self._scheduler = scheduler
         self._name = name
@@ -261,6 +267,11 @@ class Folios:
 
     def set_uptodate(self, pages: PageRange) -> None:
         self.uptodate.add_range(pages.start, pages.end)
+
+    def set_dirty(self, index: PageIndex) -> None:
+        """The page was written to. Nothing to note in a guest_memfd, whose pages are never reclaimed."""
+        if self.dirty is not None:
+            self.dirty.add(index)
 
     def get(self, index: PageIndex) -> FolioReference:
         """Take a reference to a present page."""

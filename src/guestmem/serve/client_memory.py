@@ -55,6 +55,9 @@ class PinnedHostPage:
         if window is not None:
             window.pins += 1
 
+    def set_dirty(self) -> None:
+        """Nothing to say: the server wrote through a mapping of its own, and the kernel has noted that."""
+
     def put(self) -> None:
         """Give it back; once."""
         if self._window is not None:

@@ -84,6 +84,12 @@ class AddressSpace:
             for area, vpns in parts:
                 await area.source.remove(area.indices_of(vpns))
 
+    async def reclaim(self, hva: int) -> bool:
+        """Memory is short, and this page's turn has come: whether it is free now. Not by the process, but by kswapd."""
+        vpn = vpn_of(hva)
+        area = self.area_at(vpn) if vpn is not None else None
+        return vpn is not None and area is not None and await area.source.reclaim(area, vpn)
+
     async def fork(self, number: int) -> AddressSpace:
         """A child's copy: the same areas, no entries. A private page is no more the child's than the parent's."""
         child = AddressSpace(self._scheduler, self._tracer, number)
@@ -167,6 +173,8 @@ class AddressSpace:
             await self._scheduler.preempt("user access")
             entry = self.page_table.lookup(vpn)
             if entry is not None and (entry.writable or not write):
+                if write:
+                    entry.folios.set_dirty(entry.page_index)
                 return entry
             await self._fault(hva, vpn, write)
 

@@ -57,6 +57,10 @@ class PageSource(Protocol):
         """madvise(MADV_REMOVE): free the pages behind the area."""
         ...
 
+    async def reclaim(self, area: Area, vpn: Vpn) -> bool:
+        """Free the page of `vpn`, so that it comes back as it was; whether that could be done."""
+        ...
+
     def copy_for_fork(self, area: Area) -> PageSource:
         """What the child's area shows."""
         ...

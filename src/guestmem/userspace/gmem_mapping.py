@@ -84,5 +84,9 @@ class GmemSource:
         mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
         await self.file.inode.fallocate(mode, offset_of(pages.start), pages.pages << 12)
 
+    async def reclaim(self, area: Area, vpn: Vpn) -> bool:
+        """Pages of a guest_memfd are unevictable."""
+        return False
+
     def copy_for_fork(self, area: Area) -> PageSource:
         return self

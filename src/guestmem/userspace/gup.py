@@ -39,6 +39,7 @@ class Pin:
     def write(self, page: int, data: bytes) -> None:
         assert len(data) <= PAGE_SIZE, "more than the page holds"
         write_host(self.references[page].hva, data)
+        self.references[page].set_dirty()
 
     def unpin(self) -> None:
         self._pins.remove(self)

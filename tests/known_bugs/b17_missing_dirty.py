@@ -1,0 +1,11 @@
+"""B17, 97cd21d57e9b: the CPUID page that firmware corrected is not marked dirty, and reclaim drops the correction."""
+
+from guestmem.check.mutants import mutant
+from guestmem.kvm.vm import PinnedPage
+from guestmem.memory import write_host
+
+
+@mutant("B17", replaces="guestmem.kvm.launch:correct", breaks={"S12"})
+def missing_dirty(source: PinnedPage, contents: bytes) -> None:
+    """Skip set_dirty."""
+    write_host(source.hva, contents)
