@@ -121,6 +121,15 @@ def test_rmpadjust(given: dict[str, Any], answer: object, source: str) -> None:
     assert rmp.rmpadjust(**call) is answer, source
 
 
+def test_rmpadjust_of_2m_where_there_is_4k() -> None:
+    """APM 3 RMPADJUST; verismo access_s.rs: whether it is valid is looked at first."""
+    rmp = table({512: State(True, 1, 0x200)})
+    call: dict[str, Any] = {"asid": 1, "gfn": 0x200, "pfn": Pfn(512), "large": True, "target": 1, "permissions": READ}
+    assert rmp.rmpadjust(**call) is Fault.NOT_VALIDATED
+    rmp.pvalidate(1, 0x200, Pfn(512), large=False, validate=True)
+    assert rmp.rmpadjust(**call) is Status.FAIL_SIZEMISMATCH
+
+
 ACCESSES: list[tuple[dict[int, State], bool, dict[str, Any], Fault | None, str]] = [
     ({5: SMALL}, True, {}, None, "15-39"),
     ({5: SMALL}, False, {}, Fault.NOT_VALIDATED, "15-39, Validated"),

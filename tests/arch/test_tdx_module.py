@@ -95,6 +95,7 @@ _ROWS = (
     ),
     Row(with_tdcs, lambda m: m.vp_create(TDR, VCPU), "OP_STATE_INCORRECT", "tdh_vp_create.c"),
     Row(with_vcpu, lambda m: m.vp_create(TDR, VCPU), "PAGE_METADATA_INCORRECT|RCX", "tdh_vp_create.c"),
+    Row(runnable, lambda m: m.vp_create(TDR, Pfn(21)), "OP_STATE_INCORRECT", "op_state_lookup.c, TDH_VP_CREATE_LEAF"),
     Row(with_vcpu, lambda m: m.vp_init(TDR, VCPU, CPU), "VCPU_STATE_INCORRECT", "tdh_vp_init.c"),
     Row(with_tables, lambda m: m.vp_init(TDR, VCPU, CPU), "PAGE_METADATA_INCORRECT|RCX", "tdh_vp_init.c"),
     Row(with_vcpu, lambda m: m.vp_enter(TDR, VCPU, CPU), "OP_STATE_INCORRECT", "tdh_vp_enter.c"),
@@ -139,10 +140,10 @@ _ROWS = (
         "tdh_mem_page_add.c",
     ),
     Row(
-        added,
+        with_tdcs,
         lambda m: m.mem_page_aug(TDR, GFN + 1, 0, m.page(OTHER), m.hva(OTHER)),
         "OP_STATE_INCORRECT",
-        "tdh_mem_page_aug.c",
+        "op_state_lookup.c, TDH_MEM_PAGE_AUG_LEAF",
     ),
     Row(
         runnable,
@@ -159,14 +160,14 @@ _ROWS = (
     Row(
         runnable,
         lambda m: m.mem_page_aug(TDR, 0x400, 1, m.page(), m.hva()),
-        "HPA_RANGE_NOT_FREE|R8",
-        "pamt_manager.c, from memory",
+        "PAGE_METADATA_INCORRECT|R8",
+        "check_and_lock_free_range_hpa",
     ),
     Row(
         runnable,
         lambda m: m.mem_page_aug(TDR, 0x400, 1, m.page(OTHER), m.hva()),
         "OPERAND_INVALID|R8",
-        "pamt_manager.c",
+        "hpa_check_with_pwr_2_alignment",
     ),
     Row(
         runnable,
@@ -175,15 +176,21 @@ _ROWS = (
         "tdh_mem_page_aug.c",
     ),
     Row(runnable, lambda m: m.page_accept(TDR, GFN, 0), "PAGE_ALREADY_ACCEPTED", "tdg_mem_page_accept.c"),
-    Row(large, lambda m: m.page_accept(TDR, 0x40000, 0), "PAGE_SIZE_MISMATCH|RCX", "tdg_mem_page_accept.c"),
-    Row(pending, lambda m: m.page_accept(TDR, GFN, 1), "PAGE_SIZE_MISMATCH|RCX", "tdg_mem_page_accept.c"),
+    Row(large, lambda m: m.page_accept(TDR, 0x40000, 0), "PAGE_SIZE_MISMATCH", "tdg_mem_page_accept.c"),
+    Row(pending, lambda m: m.page_accept(TDR, GFN, 1), "PAGE_SIZE_MISMATCH", "tdg_mem_page_accept.c"),
     Row(pending, lambda m: m.page_accept(TDR, GFN + 1, 1), "OPERAND_INVALID|RCX", "tdg_mem_page_accept.c"),
     # Pages out
     Row(
         runnable, lambda m: m.mem_range_block(TDR, GFN + 1, 0), "EPT_ENTRY_STATE_INCORRECT|RCX", "tdh_mem_range_block.c"
     ),
     Row(blocked, lambda m: m.mem_range_block(TDR, GFN, 0), "GPA_RANGE_ALREADY_BLOCKED|RCX", "tdh_mem_range_block.c"),
-    Row(runnable, lambda m: m.mem_range_unblock(TDR, GFN, 0), "GPA_RANGE_NOT_BLOCKED|RCX", "ABI specification"),
+    Row(
+        runnable,
+        lambda m: m.mem_range_unblock(TDR, GFN, 0),
+        "EPT_ENTRY_STATE_INCORRECT|RCX",
+        "tdh_mem_range_unblock.c, sept_state_is_seamcall_leaf_allowed",
+    ),
+    Row(blocked, lambda m: m.mem_range_unblock(TDR, GFN, 0), "TLB_TRACKING_NOT_DONE|RCX", "tdh_mem_range_unblock.c"),
     Row(runnable, lambda m: m.mem_page_remove(TDR, GFN, 0), "GPA_RANGE_NOT_BLOCKED|RCX", "tdh_mem_page_remove.c"),
     Row(blocked, lambda m: m.mem_page_remove(TDR, GFN, 0), "TLB_TRACKING_NOT_DONE|RCX", "tdh_mem_page_remove.c"),
     Row(
@@ -297,6 +304,27 @@ def test_a_page_goes_in_and_out() -> None:
     assert machine.memory.read(PAGE) == b""
 
 
+def test_a_guest_is_told_the_level_at_which_its_page_is() -> None:
+    """tdg_mem_page_accept.c: the level in place of an operand."""
+    machine = Machine()
+    large(machine)
+    with pytest.raises(TdxError) as error:
+        machine.page_accept(TDR, 0x40000, LEVEL_4K)
+    assert error.value.status == 0xC000_0B0B_0000_0001
+    machine.page_accept(TDR, 0x40000, LEVEL_2M)
+    with pytest.raises(TdxError) as error:
+        machine.page_accept(TDR, 0x40000, LEVEL_2M)
+    assert error.value.status == 0x0000_0B0A_0000_0001
+
+
+def test_a_page_may_be_augmented_before_the_td_runs() -> None:
+    """op_state_lookup.c, TDH_MEM_PAGE_AUG_LEAF: the module would, KVM does not."""
+    machine = Machine()
+    added(machine)
+    machine.mem_page_aug(TDR, GFN + 1, LEVEL_4K, machine.page(OTHER), machine.hva(OTHER))
+    assert machine.tds[TDR].sept.leaf(GFN + 1) == (LEVEL_4K, (Sept.PENDING, machine.page(OTHER), machine.hva(OTHER)))
+
+
 def test_a_vcpu_that_left_lets_the_epoch_end() -> None:
     machine = Machine()
     blocked_while_inside(machine)
@@ -408,9 +436,19 @@ class TestDynamicPamt:
         machine = Machine(dynamic_pamt=True)
         machine.pamt.add_pair("add", Pfn(0), (Pfn(5000), Pfn(5001)))
         created(machine)
-        with pytest.raises(FirmwareError, match="TDX_HPA_RANGE_NOT_FREE"):
+        with pytest.raises(TdxError, match="TDX_PAMT_PAGE_NOT_EMPTY") as error:
             machine.pamt.remove_pair("remove", Pfn(0))
+        assert error.value.status == 0xC000_0306_0000_0000, "and which page of the two has an entry"
+        with pytest.raises(FirmwareError, match=r"TDX_NO_PAMT_PAGE_PAIR\|RCX"):
+            machine.pamt.remove_pair("remove", Pfn(512))
+
+    def test_what_holds_a_pamt_is_no_page_for_a_td(self) -> None:
+        """non_shared_hpa_metadata_check_and_lock, dynamic_pamt_4k_bitmap_get."""
+        machine = Machine(dynamic_pamt=True)
+        machine.pamt.add_pair("add", Pfn(0), (Pfn(2), Pfn(5001)))
+        with pytest.raises(FirmwareError, match=r"TDX_PAGE_METADATA_INCORRECT\|RCX"):
+            machine.mng_create(Pfn(2), HKID)
 
     def test_static_pamt_takes_none(self) -> None:
-        with pytest.raises(FirmwareError, match="TDX_OPERAND_INVALID"):
+        with pytest.raises(FirmwareError, match=r"TDX_OPERAND_INVALID\|RAX"):
             Machine().pamt.add_pair("add", Pfn(0), (Pfn(5000), Pfn(5001)))

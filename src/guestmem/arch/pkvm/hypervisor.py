@@ -5,9 +5,9 @@ gave it. The host's table has every page of the machine, OWNED unless it says ot
 change nothing if they do.
 
 Source: arch/arm64/kvm/hyp/nvhe/mem_protect.c __pkvm_host_share_hyp, __pkvm_host_donate_hyp, __pkvm_host_donate_guest,
-__pkvm_guest_share_host, __pkvm_guest_unshare_host, __pkvm_host_reclaim_page; pkvm.c __pkvm_start_teardown_vm,
-__pkvm_finalize_teardown_vm, __pkvm_reclaim_dying_guest_page. From memory: the rules of
-__pkvm_host_force_reclaim_page_guest.
+__pkvm_guest_share_host, __pkvm_guest_unshare_host, __pkvm_host_reclaim_page_guest,
+__pkvm_host_force_reclaim_page_guest; pkvm.c __pkvm_start_teardown_vm, __pkvm_finalize_teardown_vm,
+__pkvm_reclaim_dying_guest_page.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Hypervisor:
         self.vms[handle] = HypVm(handle)
         return self.vms[handle]
 
-    def host_donate_guest(self, handle: int, pfn: Pfn, gfn: int, hva: int) -> None:
-        """The host gives a page away; the guest finds in it what the host put there."""
+    def check_donation(self, handle: int, pfn: Pfn, gfn: int) -> None:
+        """What the call below asks of each page of its range, before it takes the first."""
         call = "__pkvm_host_donate_guest"
         vm = self._live(call, handle)
         if self._fails(call):
@@ -97,6 +97,12 @@ class Hypervisor:
         self._check_host(call, pfn, PageState.OWNED)
         if gfn in vm.pages:
             raise FirmwareError(call, "-EPERM", gfn=gfn, guest=vm.pages[gfn].state.value)
+
+    def host_donate_guest(self, handle: int, pfn: Pfn, gfn: int, hva: int, *, checked: bool = False) -> None:
+        """The host gives a page away; the guest finds in it what the host put there."""
+        if not checked:
+            self.check_donation(handle, pfn, gfn)
+        vm = self.vms[handle]
         self.host[pfn] = PageState.NOPAGE
         self.owner[pfn] = vm
         vm.pages[gfn] = GuestPage(pfn, PageState.OWNED, hva)
@@ -119,13 +125,14 @@ class Hypervisor:
         self.host[page.pfn] = PageState.NOPAGE
 
     def host_force_reclaim_page_guest(self, pfn: Pfn) -> None:
-        """The host takes a page back from a guest that lives: scrubbed, and the guest faults where it was."""
+        """The host takes a page back from a guest that lives: scrubbed, and the guest faults where it was. What is not
+        taken from the host (its own, or lent to it) needs no reclaim: try the access again."""
         call = "__pkvm_host_force_reclaim_page_guest"
         vm = self.owner.get(pfn)
-        if self._fails(call):
-            raise FirmwareError(call, "-EAGAIN", pfn=pfn)
+        if self._fails(call) or self._host(pfn) is not PageState.NOPAGE:
+            raise FirmwareError(call, "-EAGAIN", pfn=pfn, host=self._host(pfn).value)
         if vm is None:
-            raise FirmwareError(call, "-EPERM", pfn=pfn, host=self._host(pfn).value)
+            raise FirmwareError(call, "-EPERM", pfn=pfn, owner="hypervisor")
         self._reclaim(vm, vm.frames[pfn])
 
     # The end of a guest
@@ -140,11 +147,7 @@ class Hypervisor:
 
     def start_teardown_vm(self, handle: int) -> None:
         call = "__pkvm_start_teardown_vm"
-        vm = self.vms.get(handle)
-        if vm is None:
-            raise FirmwareError(call, "-ENOENT", handle=handle)
-        if vm.loaded_vcpus:
-            raise FirmwareError(call, "-EBUSY", vcpus=vm.loaded_vcpus)
+        vm = self._unreferenced(call, handle)
         if vm.dying:
             raise FirmwareError(call, "-EINVAL", dying=True)
         vm.dying = True
@@ -162,11 +165,9 @@ class Hypervisor:
     def finalize_teardown_vm(self, handle: int) -> None:
         """The handle may be used again. The host has reclaimed every page before, or never gets it back."""
         call = "__pkvm_finalize_teardown_vm"
-        vm = self.vms.get(handle)
-        if vm is None:
-            raise FirmwareError(call, "-ENOENT", handle=handle)
+        vm = self._unreferenced(call, handle)
         if not vm.dying:
-            raise FirmwareError(call, "-EBUSY", dying=False)
+            raise FirmwareError(call, "-EINVAL", dying=False)
         del self.vms[handle]
 
     # Parts
@@ -189,6 +190,13 @@ class Hypervisor:
         found = self.hyp.get(pfn, PageState.NOPAGE)
         if found is not hyp:
             raise FirmwareError(call, "-EPERM", pfn=pfn, hyp=found.value)
+
+    def _unreferenced(self, call: str, handle: int) -> HypVm:
+        """Source: get_pkvm_unref_hyp_vm_locked: a loaded vCPU is a reference."""
+        vm = self.vms.get(handle)
+        if vm is None or vm.loaded_vcpus:
+            raise FirmwareError(call, "-EINVAL", handle=handle, vcpus=0 if vm is None else vm.loaded_vcpus)
+        return vm
 
     def _live(self, call: str, handle: int) -> HypVm:
         vm = self.vms.get(handle)

@@ -111,25 +111,21 @@ class PkvmGuest:
 
     def make_private(self, gfn: int, block: Block) -> None:
         """__pkvm_host_donate_guest, or __pkvm_guest_unshare_host for pages that the guest had lent. All or none."""
-        done: list[tuple[int, bool]] = []
         vm = self._vm()
-        try:
-            for number in range(block.pages):
-                at, pfn = gfn + number, Pfn(block.pfn + number)
-                page = vm.pages.get(at)
-                if page is not None and page.pfn == pfn:
-                    if page.state is PageState.SHARED_OWNED:
-                        self._hypervisor.guest_unshare_host(self.number, at)
-                        done.append((at, True))
-                    continue
-                self._hypervisor.host_donate_guest(self.number, pfn, at, block.hva + number * PAGE_SIZE)
-                done.append((at, False))
-        except FirmwareError:
-            for at, was_lent in done:
-                self._hypervisor.guest_share_host(self.number, at)
-                if not was_lent:
-                    self._hypervisor.host_force_reclaim_page_guest(vm.pages[at].pfn)
-            raise
+        lent: list[int] = []
+        mine: list[tuple[Pfn, int, int]] = []
+        for number in range(block.pages):
+            at, pfn = gfn + number, Pfn(block.pfn + number)
+            page = vm.pages.get(at)
+            if page is None or page.pfn != pfn:
+                self._hypervisor.check_donation(self.number, pfn, at)
+                mine.append((pfn, at, block.hva + number * PAGE_SIZE))
+            elif page.state is PageState.SHARED_OWNED:
+                lent.append(at)
+        for at in lent:
+            self._hypervisor.guest_unshare_host(self.number, at)
+        for donation in mine:
+            self._hypervisor.host_donate_guest(self.number, *donation, checked=True)
 
     def make_shared(self, blocks: Sequence[Block]) -> None:
         """__pkvm_guest_share_host of what is the guest's alone; bytes stay. After its checks it cannot fail."""
@@ -138,9 +134,13 @@ class PkvmGuest:
                 self._hypervisor.guest_share_host(self.number, gfn)
 
     def reclaim(self, block: Block) -> None:
-        """__pkvm_host_force_reclaim_page_guest: scrubbed if it was the guest's alone, and gone from its stage 2."""
+        """__pkvm_host_force_reclaim_page_guest: scrubbed, and gone from the guest's stage 2. It takes no page that is
+        lent, so the guest takes that back first."""
         for gfn in self._frames(block):
-            self._hypervisor.host_force_reclaim_page_guest(self._vm().pages[gfn].pfn)
+            page = self._vm().pages[gfn]
+            if page.state is PageState.SHARED_OWNED:
+                self._hypervisor.guest_unshare_host(self.number, gfn)
+            self._hypervisor.host_force_reclaim_page_guest(page.pfn)
 
     def invalidate(self, gfn: int, pages: int) -> None:
         """A protected guest's stage 2 is not the host's to change."""

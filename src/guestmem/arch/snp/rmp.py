@@ -4,7 +4,10 @@ An entry says whose a 4K page is, at which guest address, and what each privileg
 there. A large entry speaks for a whole aligned block. Pages that are in no entry are the hypervisor's.
 
 Source: AMD64 Architecture Programmer's Manual volume 2, 15.36 (tables 15-36, 15-39, 15-40, 15-41); volume 3, RMPUPDATE,
-PSMASH, PVALIDATE, RMPADJUST.
+PSMASH, PVALIDATE, RMPADJUST. Numbers of the return codes: arch/x86/include/asm/sev.h, AMD's RFC of the host series,
+coconut-svsm kernel/src/sev/utils.rs SevSnpError. Order of the checks of the guest's instructions: microsoft/verismo
+source/verismo/src/arch/rmp/access_s.rs. From memory: which of PSMASH's refusals is FAIL_BADADDR, and FAIL_INPUT as
+against FAIL_PERMISSION of RMPUPDATE.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ ALL = READ | WRITE | EXECUTE_USER | EXECUTE_SUPERVISOR
 
 
 class Status(enum.IntEnum):
-    """What the instructions return in EAX."""
+    """What the instructions return in EAX. FAIL_OVERLAP (RMPUPDATE) and FAIL_BADADDR (PSMASH) are both 4 on the
+    machine, where no instruction has both."""
 
     SUCCESS = 0
     FAIL_INPUT = 1
@@ -178,10 +182,14 @@ class Rmp:
         if target <= vmpl or (vmsa and vmpl):
             return Status.FAIL_PERMISSION
         entry = self._for_instruction(asid, gfn, pfn, large)
-        if isinstance(entry, (Fault, Status)):
+        if isinstance(entry, Fault):
             return entry
-        if not entry.validated:
+        found = self.lookup(pfn)
+        assert found is not None
+        if not found[1].validated:
             return Fault.NOT_VALIDATED
+        if isinstance(entry, Status):
+            return entry
         if entry.in_use:
             return Status.FAIL_INUSE
         if permissions & ~entry.permissions[vmpl]:

@@ -9,8 +9,8 @@ Checks stand in the module's order and a call that fails changes nothing. `fails
 TDX_OPERAND_BUSY, as it does when another CPU holds what it needs.
 
 Source: TDX module ABI specification; intel/tdx-module src/vmm_dispatcher/api_calls/tdh_mng_*.c, tdh_vp_*.c,
-tdh_phymem_*.c. From memory: TDH.VP.CREATE and VP.INIT (state checks only). Left out: TDH.VP.ADDCX (a vCPU is one page
-here), migration, nested guests; of the parameters of MNG.INIT all but what `parameters.py` has.
+tdh_phymem_*.c, include/auto_gen_2_0/op_state_lookup.c. Left out: TDH.VP.ADDCX (a vCPU is one page here), migration,
+nested guests; of the parameters of MNG.INIT all but what `parameters.py` has.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class ManagementCalls:
         call = "TDH.VP.CREATE"
         td = self._td(call, tdr, Operand.RDX)
         self._keys(call, td)
-        self._op_state(call, td, OpState.INITIALIZED, OpState.RUNNABLE)
+        self._op_state(call, td, OpState.INITIALIZED)
         self.pamt.check_free(call, tdvpr, 0, Operand.RCX)
         self._give(td, tdvpr, PageType.TDVPR)
         td.vcpus[tdvpr] = TdVcpu(tdvpr)

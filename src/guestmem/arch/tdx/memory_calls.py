@@ -4,8 +4,8 @@ A page may leave only when no vCPU can hold a translation of it any more: RANGE.
 page, MEM.TRACK begins the next epoch, and when no vCPU is inside that entered in the old one, the page is tracked.
 Before the TD is finalized nothing runs, and neither is asked for.
 
-Source: TDX module ABI specification; intel/tdx-module tdh_mem_*.c, tdh_mr_*.c, tdg_mem_page_accept.c. From memory: the
-second operand of PAGE.ACCEPT's errors, SEPT.REMOVE, RANGE.UNBLOCK.
+Source: TDX module ABI specification; intel/tdx-module tdh_mem_*.c, tdh_mr_*.c, tdg_mem_page_accept.c; which call is
+allowed in which state of the TD: include/auto_gen_2_0/op_state_lookup.c.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MemoryCalls(ManagementCalls):
     def mem_page_aug(self, tdr: Pfn, gfn: int, level: int, page: Pfn, hva: int) -> None:
         """TDH.MEM.PAGE.AUG: a page or 2M that the guest has to accept."""
         call = "TDH.MEM.PAGE.AUG"
-        td = self._memory(call, tdr, gfn, level, LEVEL_4K, LEVEL_2M, OpState.RUNNABLE)
+        td = self._memory(call, tdr, gfn, level, LEVEL_4K, LEVEL_2M, *_BUILT)
         entry = td.sept.get(gfn, level)
         if entry is not None:
             raise self._wrong_state(call, entry, level)
@@ -103,10 +103,11 @@ class MemoryCalls(ManagementCalls):
         if entry is None or not entry.state.leaf:
             found = td.sept.leaf(gfn) if entry is None else None
             if entry is not None or (found is not None and found[0] != level):
-                raise TdxError(call, Status.PAGE_SIZE_MISMATCH, Operand.RCX, gfn=gfn, level=level)
+                ended = level if found is None else found[0]
+                raise TdxError(call, Status.PAGE_SIZE_MISMATCH, detail=ended, gfn=gfn, level=level)
             raise self._wrong_state(call, entry, level)  # on the machine an EPT violation: KVM is to AUG the page
         if entry.state is Sept.MAPPED:
-            raise TdxError(call, Status.PAGE_ALREADY_ACCEPTED, gfn=gfn)
+            raise TdxError(call, Status.PAGE_ALREADY_ACCEPTED, detail=level, gfn=gfn)
         if entry.state is not Sept.PENDING:
             raise self._wrong_state(call, entry, level)
         write_host(entry.hva, bytes(PAGE_SIZE << 9 * level))
@@ -132,7 +133,7 @@ class MemoryCalls(ManagementCalls):
         td = self._memory(call, tdr, gfn, level, LEVEL_4K, LEVEL_ROOT, *_BUILT)
         entry = td.sept.get(gfn, level)
         if entry is None or not entry.state.blocked:
-            raise TdxError(call, Status.GPA_RANGE_NOT_BLOCKED, Operand.RCX, gfn=gfn)
+            raise self._wrong_state(call, entry, level)
         self._check_tracked(call, td, entry, entry.pfn)
         td.sept.set(gfn, level, entry._replace(state=UNBLOCKED[entry.state]))
 

@@ -4,7 +4,8 @@ An entry is of 4K, 2M or 1G. With dynamic PAMT the 4K entries of a 2M block exis
 pair of pages to hold them (TDH.PHYMEM.PAMT.ADD); a block without the pair can be one page of 2M, or nothing.
 
 Source: TDX module base specification, "Physical memory management"; intel/tdx-module pamt_manager.c,
-tdh_phymem_pamt_add.c; "[PATCH v2] TDX: Enable Dynamic PAMT".
+tdh_phymem_pamt_add.c, tdh_phymem_pamt_remove.c, helpers.c check_and_lock_free_range_hpa,
+non_shared_hpa_metadata_check_and_lock; "[PATCH v2] TDX: Enable Dynamic PAMT".
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ class Pamt:
             raise TdxError(call, Status.OPERAND_INVALID, operand, pfn=pfn, order=order)
         found = self.find(pfn)
         if found is not None:
-            if order:
-                raise TdxError(call, Status.HPA_RANGE_NOT_FREE, operand, pfn=pfn, type=found[1].type.value)
             raise TdxError(call, Status.PAGE_METADATA_INCORRECT, operand, pfn=pfn, type=found[1].type.value)
+        if pfn in self.lent:
+            raise TdxError(call, Status.PAGE_METADATA_INCORRECT, operand, pfn=pfn, type="PAMT")
         if order:
             first = pfn >> ORDER_2M
             for number in range(first, first + (1 << (order - ORDER_2M))):
                 if self._small[number] or number in self.pairs or (number << ORDER_2M) in self.entries:
-                    raise TdxError(call, Status.HPA_RANGE_NOT_FREE, operand, pfn=pfn, order=order)
+                    raise TdxError(call, Status.PAGE_METADATA_INCORRECT, operand, pfn=pfn, order=order)
         elif self.dynamic and pfn >> ORDER_2M not in self.pairs:
             raise TdxError(call, Status.MISSING_PAMT_PAGE_PAIR, operand, pfn=pfn)
 
@@ -87,7 +88,7 @@ class Pamt:
     def add_pair(self, call: str, region: Pfn, pair: tuple[Pfn, Pfn]) -> None:
         """TDH.PHYMEM.PAMT.ADD for the 2M block that begins at `region`."""
         if not self.dynamic:
-            raise TdxError(call, Status.OPERAND_INVALID, pamt="static")
+            raise TdxError(call, Status.OPERAND_INVALID, Operand.RAX, pamt="static")
         if region % (1 << ORDER_2M):
             raise TdxError(call, Status.OPERAND_INVALID, Operand.RCX, pfn=region)
         if region >> ORDER_2M in self.pairs or self.find(region) is not None:
@@ -101,8 +102,12 @@ class Pamt:
     def remove_pair(self, call: str, region: Pfn) -> tuple[Pfn, Pfn]:
         """TDH.PHYMEM.PAMT.REMOVE: the host has its pair back, if no 4K entry is left in the block."""
         number = region >> ORDER_2M
-        if number not in self.pairs or self._small[number]:
-            raise TdxError(call, Status.HPA_RANGE_NOT_FREE, Operand.RCX, pfn=region, used=self._small[number])
+        if number not in self.pairs:
+            raise TdxError(call, Status.NO_PAMT_PAGE_PAIR, Operand.RCX, pfn=region)
+        if self._small[number]:
+            used = min(pfn for pfn in self.entries if pfn >> ORDER_2M == number)
+            half = used % (1 << ORDER_2M) >> ORDER_2M - 1
+            raise TdxError(call, Status.PAMT_PAGE_NOT_EMPTY, detail=half, pfn=region, used=self._small[number])
         pair = self.pairs.pop(number)
         self.lent.difference_update(pair)
         return pair

@@ -219,7 +219,8 @@ class TdxGuest:
         return 0 if in_use or block.order < 9 or td.op_state is not OpState.RUNNABLE else 9
 
     def make_private(self, gfn: int, block: Block) -> None:
-        """TDH.MEM.PAGE.AUG with the tables that it needs, and the guest's TDG.MEM.PAGE.ACCEPT."""
+        """TDH.MEM.PAGE.AUG with the tables that it needs, and the guest's TDG.MEM.PAGE.ACCEPT. Before the TD is
+        finalized KVM does not, though the module would: what a guest begins with is added."""
         td = self._module.tds.get(self.tdr)
         found = td.sept.leaf(gfn) if td is not None else None
         if found is not None:
@@ -229,6 +230,8 @@ class TdxGuest:
                 entry = self.td.sept.get(gfn, level) or entry
                 if entry.state is Sept.MAPPED:
                     return
+        if td is not None and td.op_state is not OpState.RUNNABLE:
+            raise FirmwareError("TDH.MEM.PAGE.AUG", "TD_STATE_INITIALIZED", gfn=gfn)
         level = block.order // 9
         self._add_tables(gfn, level)
         if not level:

@@ -22,6 +22,8 @@ class Status(enum.IntEnum):
     PAGE_METADATA_INCORRECT = 0xC0000300
     PAGE_NOT_FREE = 0xC0000303
     HPA_RANGE_NOT_FREE = 0xC0000304
+    NO_PAMT_PAGE_PAIR = 0xC0000305
+    PAMT_PAGE_NOT_EMPTY = 0xC0000306
     MISSING_PAMT_PAGE_PAIR = 0x80000308
     TD_ASSOCIATED_PAGES_EXIST = 0xC0000400
     TDCS_NOT_ALLOCATED = 0xC0000606
@@ -54,6 +56,7 @@ class Operand(enum.IntEnum):
     """Bits 31:0: the register or object that is at fault."""
 
     NONE = -1
+    RAX = 0
     RCX = 1
     RDX = 2
     R8 = 8
@@ -74,10 +77,13 @@ _ANSWERS = {
 
 
 class TdxError(FirmwareError):
-    """A call of the module that did not succeed, and changed nothing. `status` is all of RAX."""
+    """A call of the module that did not succeed, and changed nothing. `status` is all of RAX; `detail` stands in its
+    lower half where no operand does."""
 
-    def __init__(self, call: str, status: Status, operand: Operand = Operand.NONE, **facts: object) -> None:
-        self.status = status << 32 | max(operand, 0)
+    def __init__(
+        self, call: str, status: Status, operand: Operand = Operand.NONE, detail: int = 0, **facts: object
+    ) -> None:
+        self.status = status << 32 | (detail if operand is Operand.NONE else operand)
         self.answer = _ANSWERS.get((call, status), EIO)
         code = f"TDX_{status.name}" + (f"|{operand.name}" if operand is not Operand.NONE else "")
         super().__init__(call, code, None, **facts)
