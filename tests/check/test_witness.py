@@ -87,16 +87,27 @@ def test_a_failing_step_is_in_the_story() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "broken"),
-    [("punch_against_guest", "S3"), ("snp_convert_against_guest", "S2"), ("td_convert_against_guest", "S1")],
+    ("name", "mutant", "broken"),
+    [
+        ("punch_against_guest", "b32_stale_lookup_published", "S3"),
+        ("snp_convert_against_guest", "b32_stale_lookup_published", "S2"),
+        ("td_convert_against_guest", "b32_stale_lookup_published", "S1"),
+        ("snp_both_kinds_against_convert", "h12_asserted_kind_ignored", "L5"),
+    ],
 )
-def test_unicorn_confirms_what_scripts_have_found(name: str, broken: str) -> None:
+def test_unicorn_confirms_what_scripts_have_found(name: str, mutant: str, broken: str) -> None:
     scenario = SCENARIOS[name]
-    with mutants.find(str(BUGS / "b32_stale_lookup_published.py")).installed():
+    with mutants.find(str(BUGS / f"{mutant}.py")).installed():
         schedule = witness.shrink(scenario, explore(scenario, States()))
         told = witness.tell(scenario, schedule)
         assert confirm(scenario, schedule, told).startswith(f"confirmed: {broken}")
     assert confirm(scenario, schedule, told).startswith("NOT confirmed"), "without the bug nothing breaks"
+
+
+def test_a_script_that_asserts_a_kind_now_and_then_cannot_be_confirmed() -> None:
+    scenario = SCENARIOS["huge_convert_against_guest"]
+    told = witness.tell(scenario, Schedule(b""))
+    assert confirm(scenario, Schedule(b""), told).startswith("confirm: not possible")
 
 
 def test_a_scenario_without_a_guest_cannot_be_confirmed(pinned: Scenario) -> None:
