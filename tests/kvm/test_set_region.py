@@ -301,6 +301,30 @@ def test_a_failed_arch_check_undoes_the_binding(bench: Bench) -> None:
     bench.vm.set_memory_region(0, 0, 8 * K, gmem=gmem)
 
 
+@pytest.mark.parametrize(
+    ("vm_type", "gpa", "rule"),
+    [
+        (VmType.TDX, 1 << 47, "region.alias"),
+        (VmType.TDX, (1 << 47) - K, "region.alias"),  # the last of two frames
+        (VmType.TDX, (1 << 47) - 2 * K, None),
+        (VmType.TDX, 1 << 48, None),  # a kernel asks about one bit
+        (VmType.SNP, 1 << 51, None),
+        (VmType.SW_PROTECTED, 1 << 47, None),
+    ],
+)
+def test_frames_that_are_others_by_the_shared_bit(vm_type: VmType, gpa: int, rule: str | None) -> None:
+    """Source: kvm_arch_prepare_memory_region, kvm_is_gfn_alias() of the last frame; gfn_direct_bits is a TD's alone."""
+    with Host(memory=16 * K) as host:
+        vm = host.create_vm(vm_type)
+        gmem = vm.create_guest_memfd(2 * K)
+        if rule is None:
+            vm.set_memory_region(0, gpa, 2 * K, gmem=gmem)
+            return
+        with pytest.raises(Refusal) as caught:
+            vm.set_memory_region(0, gpa, 2 * K, gmem=gmem)
+        assert (caught.value.errno, caught.value.rule) == (errno.EINVAL, rule)
+
+
 def test_many_slots_of_one_file(bench: Bench) -> None:
     gmem = bench.gmem(pages=8, gpa=None)
     for page in range(8):

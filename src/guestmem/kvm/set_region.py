@@ -123,7 +123,7 @@ def _check_flags(kvm: Kvm, flags: int) -> None:
 
 
 async def _create(kvm: Kvm, files: OpenFiles, region: Region, leftover: list[File]) -> None:
-    """Checks 10 to 18, then the new slot becomes visible."""
+    """Checks 10 to 19, then the new slot becomes visible."""
     slot = _new_slot(region)
     _check_free(kvm, slot)
     if kvm.scheduler.fails("region: allocate"):
@@ -131,7 +131,7 @@ async def _create(kvm: Kvm, files: OpenFiles, region: Region, leftover: list[Fil
     if region.flags & KVM_MEM_GUEST_MEMFD:
         await _bind(kvm, files, slot, region, leftover)
     try:
-        _check_reachable(slot)
+        _check_reachable(kvm, slot)
     except Refusal:
         await _unbind(slot, leftover)
         raise
@@ -156,7 +156,7 @@ async def _change(kvm: Kvm, old: MemorySlot, region: Region) -> None:
             old.freed = True
         return
     _check_free(kvm, new)
-    _check_reachable(new)
+    _check_reachable(kvm, new)
     await _retire(kvm, old)
     await kvm.swap_memslots(kvm.memslots.replace(old, new))
     old.freed = True
@@ -220,7 +220,12 @@ def _check_free(kvm: Kvm, slot: MemorySlot) -> None:
             raise Refusal(errno.EEXIST, "region.overlap", slot=slot.id, other=other.id, gfn=other.gfns.start)
 
 
-def _check_reachable(slot: MemorySlot) -> None:
-    """Check 18, the architecture's: frames that no guest can address."""
+def _check_reachable(kvm: Kvm, slot: MemorySlot) -> None:
+    """Checks 18 and 19, the architecture's: frames that no guest can address, and those that are others by a TD's
+    shared bit, which a kernel knows from KVM_TDX_INIT_VM on. Source: kvm_arch_prepare_memory_region, kvm_is_gfn_alias.
+    """
     if slot.gfns.end > 1 << (MAX_PHYSICAL_ADDRESS_BITS - PAGE_SHIFT):
         raise Refusal(errno.EINVAL, "region.unreachable", gfn_end=slot.gfns.end, bits=MAX_PHYSICAL_ADDRESS_BITS)
+    bit = kvm.stage2.page_bit
+    if bit is not None and not bit.set_is_private and slot.gfns.end - 1 >> bit.position - PAGE_SHIFT & 1:
+        raise Refusal(errno.EINVAL, "region.alias", gfn_end=slot.gfns.end, shared_bit=bit.position)

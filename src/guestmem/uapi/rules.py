@@ -125,6 +125,7 @@ _TABLE = (
     Rule("bind.overlap", ("EINVAL", "EEXIST"), _REGION, 16, "pages are bound already; EEXIST from 7.2", "06ba195f136a"),
     Rule("bind.nomem", ("ENOMEM",), _REGION, 17, "the binding cannot be stored", "kvm_gmem_bind [M]"),
     Rule("region.unreachable", ("EINVAL",), _REGION, 18, "frames beyond MAXPHYADDR", "[M] [O R33]"),
+    Rule("region.alias", ("EINVAL",), _REGION, 19, "the last frame has a TD's shared bit", "kvm_is_gfn_alias"),
     # KVM_SET_MEMORY_ATTRIBUTES
     Rule("attributes.flags", ("EINVAL",), _ATTRIBUTES, 2, "flags must be zero", "uapi.md 10 [M]"),
     Rule("attributes.attributes", ("EINVAL",), _ATTRIBUTES, 3, "an attribute that this VM does not have", "[M]"),
