@@ -1,5 +1,5 @@
 """Every call of the Realm Management Monitor and what it returns at the wrong time. The rows follow the failure
-conditions of the RMM specification 1.0 (DEN0137); those of the walk also TF-RMM's runtime/rmi/rtt.c."""
+conditions of the RMM specification 1.0 (DEN0137) as TF-RMM's runtime/rmi has them, which each names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from guestmem.arch import FirmwareError
 from guestmem.arch.cca import Monitor
-from guestmem.arch.cca.realm import PROTECTED_FRAMES, GranuleState, Hipas, Ripas
+from guestmem.arch.cca.realm import PROTECTED_FRAMES, GranuleState, Hipas, Ripas, Rtte
 from guestmem.memory import PAGE_SIZE, Pfn
 from tests.arch.memory import Pages
 
@@ -37,6 +37,14 @@ class Machine(Monitor):
     def unknown(self, gfn: int = GFN, number: int = 0) -> None:
         self.data_create_unknown(RD, self.page(number), gfn, self.memory.block(number).hva)
 
+    def fresh_data(self, gfn: int) -> None:
+        self.granule_delegate(self.page(1))
+        self.data(gfn, 1)
+
+    def fresh_unknown(self, gfn: int) -> None:
+        self.granule_delegate(self.page(1))
+        self.unknown(gfn, 1)
+
 
 def bare(m: Machine) -> None:
     pass
@@ -44,6 +52,11 @@ def bare(m: Machine) -> None:
 
 def created(m: Machine) -> None:
     m.realm_create(RD, ROOT)
+
+
+def with_rec(m: Machine) -> None:
+    created(m)
+    m.rec_create(RD, REC)
 
 
 def tables(m: Machine) -> None:
@@ -83,70 +96,122 @@ def block(m: Machine) -> None:
     m.rtt_fold(RD, GFN, 3)
 
 
-@pytest.mark.parametrize(
-    ("before", "call", "code"),
-    [
-        (bare, lambda m: m.granule_delegate(RD), "RMI_ERROR_INPUT"),
-        (bare, lambda m: m.granule_undelegate(NS), "RMI_ERROR_INPUT"),
-        (data, lambda m: m.granule_delegate(m.page()), "RMI_ERROR_INPUT"),
-        (data, lambda m: m.granule_undelegate(m.page()), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.granule_undelegate(RD), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.granule_undelegate(ROOT), "RMI_ERROR_INPUT"),
-        (bare, lambda m: m.realm_create(NS, ROOT), "RMI_ERROR_INPUT"),
-        (bare, lambda m: m.realm_create(RD, NS), "RMI_ERROR_INPUT"),
-        (bare, lambda m: m.realm_create(RD, RD), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.realm_create(RD, SPARE), "RMI_ERROR_INPUT"),
-        (bare, lambda m: m.realm_activate(RD), "RMI_ERROR_INPUT"),
-        (active, lambda m: m.realm_activate(RD), "RMI_ERROR_REALM"),
-        (active, lambda m: m.realm_destroy(RD), "RMI_ERROR_REALM"),
-        (tables, lambda m: m.realm_destroy(RD), "RMI_ERROR_REALM"),
-        (bare, lambda m: m.realm_destroy(RD), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.rec_create(RD, NS), "RMI_ERROR_INPUT"),
-        (active, lambda m: m.rec_create(RD, SPARE), "RMI_ERROR_REALM"),
-        (running, lambda m: m.rec_destroy(RD, REC), "RMI_ERROR_REC"),
-        (running, lambda m: m.rec_enter(RD, REC), "RMI_ERROR_REC"),
-        (created, lambda m: (m.rec_create(RD, REC), m.rec_enter(RD, REC)), "RMI_ERROR_REALM"),
-        (created, lambda m: m.rec_destroy(RD, REC), "RMI_ERROR_INPUT"),
-        # Tables
-        (created, lambda m: m.rtt_create(RD, NS, 0, 1), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.rtt_create(RD, SPARE, 0, 0), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.rtt_create(RD, SPARE, 0, 4), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.rtt_create(RD, SPARE, 1, 1), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.rtt_create(RD, SPARE, 0, 3), "RMI_ERROR_RTT(0)"),
-        (tables, lambda m: m.rtt_create(RD, SPARE, GFN, 3), "RMI_ERROR_RTT(2)"),
-        (data, lambda m: m.rtt_destroy(RD, GFN, 3), "RMI_ERROR_RTT(3)"),
-        (tables, lambda m: m.rtt_destroy(RD, 0, 1), "RMI_ERROR_RTT(1)"),
-        (tables, lambda m: m.rtt_destroy(RD, 0, 3), "RMI_ERROR_RTT(2)"),
-        (created, lambda m: m.rtt_destroy(RD, 0, 2), "RMI_ERROR_RTT(0)"),
-        (data, lambda m: m.rtt_fold(RD, GFN, 3), "RMI_ERROR_RTT(3)"),
-        (tables, lambda m: m.rtt_fold(RD, 0, 1), "RMI_ERROR_RTT(1)"),
-        (tables, lambda m: m.rtt_fold(RD, 0, 3), "RMI_ERROR_RTT(2)"),
-        # Pages
-        (active, lambda m: m.rtt_init_ripas(RD, GFN + 1), "RMI_ERROR_REALM"),
-        (data, lambda m: m.rtt_init_ripas(RD, GFN), "RMI_ERROR_RTT(3)"),
-        (created, lambda m: m.rtt_init_ripas(RD, GFN), "RMI_ERROR_RTT(0)"),
-        (tables, lambda m: m.rtt_init_ripas(RD, PROTECTED_FRAMES), "RMI_ERROR_INPUT"),
-        (tables, lambda m: m.data(), "RMI_ERROR_RTT(3)"),
-        (ram, lambda m: m.data(number=1), "RMI_ERROR_INPUT"),
-        (ram, lambda m: m.data(PROTECTED_FRAMES), "RMI_ERROR_INPUT"),
-        (ram, lambda m: m.data(0), "RMI_ERROR_RTT(2)"),
-        (active, lambda m: (m.granule_delegate(m.page(1)), m.data(GFN + 1, 1)), "RMI_ERROR_REALM"),
-        (data, lambda m: (m.granule_delegate(m.page(1)), m.unknown(GFN, 1)), "RMI_ERROR_RTT(3)"),
-        (tables, lambda m: m.unknown(0), "RMI_ERROR_RTT(2)"),
-        (tables, lambda m: m.unknown(number=1), "RMI_ERROR_INPUT"),
-        (tables, lambda m: m.data_destroy(RD, GFN), "RMI_ERROR_RTT(3)"),
-        (tables, lambda m: m.data_destroy(RD, 0), "RMI_ERROR_RTT(2)"),
-        (block, lambda m: m.data_destroy(RD, GFN), "RMI_ERROR_RTT(2)"),
-        (tables, lambda m: m.data_destroy(RD, PROTECTED_FRAMES), "RMI_ERROR_INPUT"),
-        (created, lambda m: m.ipa_state_set_ram(RD, GFN), "RMI_ERROR_RTT(0)"),
-    ],
-)
-def test_refused(before: Step, call: Step, code: str) -> None:
+def destroyed(m: Machine) -> None:
+    data(m)
+    m.data_destroy(RD, GFN)
+
+
+def gigabyte(m: Machine) -> None:
+    """A table of 512 blocks, as if each had been folded."""
+    created(m)
+    m.rtt_create(RD, TABLES[0], 0, 1)
+    m.rtt_create(RD, TABLES[1], 0, 2)
+    for number in range(512):
+        m.realms[RD].set(512 * number, 2, Rtte(Hipas.ASSIGNED, Ripas.RAM, Pfn(512 * (number + 512))))
+
+
+_ROWS: list[tuple[Step, Step, str, str]] = [
+    (bare, lambda m: m.granule_delegate(RD), "RMI_ERROR_INPUT", "granule.c smc_granule_delegate: not NS"),
+    (bare, lambda m: m.granule_undelegate(NS), "RMI_ERROR_INPUT", "granule.c smc_granule_undelegate: not DELEGATED"),
+    (data, lambda m: m.granule_delegate(m.page()), "RMI_ERROR_INPUT", "granule.c smc_granule_delegate: not NS"),
+    (
+        data,
+        lambda m: m.granule_undelegate(m.page()),
+        "RMI_ERROR_INPUT",
+        "granule.c smc_granule_undelegate: not DELEGATED",
+    ),
+    (created, lambda m: m.granule_undelegate(RD), "RMI_ERROR_INPUT", "granule.c smc_granule_undelegate: not DELEGATED"),
+    (
+        created,
+        lambda m: m.granule_undelegate(ROOT),
+        "RMI_ERROR_INPUT",
+        "granule.c smc_granule_undelegate: not DELEGATED",
+    ),
+    (bare, lambda m: m.realm_create(NS, ROOT), "RMI_ERROR_INPUT", "realm.c find_lock_rd_granules"),
+    (bare, lambda m: m.realm_create(RD, NS), "RMI_ERROR_INPUT", "realm.c find_lock_rd_granules"),
+    (bare, lambda m: m.realm_create(RD, RD), "RMI_ERROR_INPUT", "realm.c smc_realm_create: aliased"),
+    (created, lambda m: m.realm_create(RD, SPARE), "RMI_ERROR_INPUT", "realm.c find_lock_rd_granules"),
+    (bare, lambda m: m.realm_activate(RD), "RMI_ERROR_INPUT", "realm.c smc_realm_activate: no RD"),
+    (active, lambda m: m.realm_activate(RD), "RMI_ERROR_REALM", "realm.c smc_realm_activate: not NEW"),
+    (active, lambda m: m.realm_destroy(RD), "RMI_ERROR_REALM", "realm.c smc_realm_destroy: the RD is in use"),
+    (tables, lambda m: m.realm_destroy(RD), "RMI_ERROR_REALM", "realm.c total_root_rtt_refcount"),
+    (bare, lambda m: m.realm_destroy(RD), "RMI_ERROR_INPUT", "realm.c smc_realm_destroy: no RD"),
+    (created, lambda m: m.rec_create(RD, NS), "RMI_ERROR_INPUT", "rec.c smc_rec_create: not DELEGATED"),
+    (active, lambda m: m.rec_create(RD, SPARE), "RMI_ERROR_REALM", "rec.c smc_rec_create: not NEW"),
+    (running, lambda m: m.rec_destroy(RD, REC), "RMI_ERROR_REC", "rec.c smc_rec_destroy: in use"),
+    (running, lambda m: m.rec_enter(RD, REC), "RMI_ERROR_REC", "run.c smc_rec_enter: in use"),
+    (with_rec, lambda m: m.rec_enter(RD, REC), "RMI_ERROR_REALM", "run.c smc_rec_enter: NEW"),
+    (created, lambda m: m.rec_destroy(RD, REC), "RMI_ERROR_INPUT", "rec.c smc_rec_destroy: not REC"),
+    # Tables
+    (created, lambda m: m.rtt_create(RD, NS, 0, 1), "RMI_ERROR_INPUT", "rtt.c smc_rtt_create: not DELEGATED"),
+    (created, lambda m: m.rtt_create(RD, SPARE, 0, 0), "RMI_ERROR_INPUT", "rtt.c validate_rtt_structure_cmds"),
+    (created, lambda m: m.rtt_create(RD, SPARE, 0, 4), "RMI_ERROR_INPUT", "rtt.c validate_rtt_structure_cmds"),
+    (created, lambda m: m.rtt_create(RD, SPARE, 1, 1), "RMI_ERROR_INPUT", "rtt.c validate_rtt_structure_cmds"),
+    (created, lambda m: m.rtt_create(RD, SPARE, 0, 3), "RMI_ERROR_RTT(0)", "rtt.c smc_rtt_create: the walk ends early"),
+    (tables, lambda m: m.rtt_create(RD, SPARE, GFN, 3), "RMI_ERROR_RTT(2)", "rtt.c smc_rtt_create: a table already"),
+    (data, lambda m: m.rtt_destroy(RD, GFN, 3), "RMI_ERROR_RTT(3)", "rtt.c smc_rtt_destroy: entries are live"),
+    (tables, lambda m: m.rtt_destroy(RD, 0, 1), "RMI_ERROR_RTT(1)", "rtt.c smc_rtt_destroy: entries are live"),
+    (tables, lambda m: m.rtt_destroy(RD, 0, 3), "RMI_ERROR_RTT(2)", "rtt.c smc_rtt_destroy: no table"),
+    (created, lambda m: m.rtt_destroy(RD, 0, 2), "RMI_ERROR_RTT(0)", "rtt.c smc_rtt_destroy: the walk ends early"),
+    (data, lambda m: m.rtt_fold(RD, GFN, 3), "RMI_ERROR_RTT(3)", "rtt.c smc_rtt_fold: the entries differ"),
+    (tables, lambda m: m.rtt_fold(RD, 0, 1), "RMI_ERROR_RTT(1)", "rtt.c smc_rtt_fold: the entries differ"),
+    (tables, lambda m: m.rtt_fold(RD, 0, 3), "RMI_ERROR_RTT(2)", "rtt.c smc_rtt_fold: no table"),
+    (gigabyte, lambda m: m.rtt_fold(RD, 0, 2), "RMI_ERROR_RTT(1)", "rtt.c smc_rtt_fold: S2TT_MIN_BLOCK_LEVEL"),
+    # Pages
+    (active, lambda m: m.rtt_init_ripas(RD, GFN + 1), "RMI_ERROR_REALM", "rtt.c smc_rtt_init_ripas: not NEW"),
+    (
+        data,
+        lambda m: m.rtt_init_ripas(RD, GFN),
+        "RMI_ERROR_RTT(3)",
+        "rtt.c smc_rtt_init_ripas: neither UNASSIGNED EMPTY nor RAM",
+    ),
+    (destroyed, lambda m: m.rtt_init_ripas(RD, GFN), "RMI_ERROR_RTT(3)", "rtt.c smc_rtt_init_ripas: DESTROYED"),
+    (created, lambda m: m.rtt_init_ripas(RD, GFN), "RMI_ERROR_RTT(0)", "rtt.c smc_rtt_init_ripas: the walk ends early"),
+    (
+        tables,
+        lambda m: m.rtt_init_ripas(RD, PROTECTED_FRAMES),
+        "RMI_ERROR_INPUT",
+        "rtt.c smc_rtt_init_ripas: addr_in_par",
+    ),
+    (active, lambda m: m.rtt_init_ripas(RD, PROTECTED_FRAMES), "RMI_ERROR_INPUT", "rtt.c smc_rtt_init_ripas: order"),
+    (tables, lambda m: m.data(), "RMI_ERROR_RTT(3)", "rtt.c data_create: not UNASSIGNED RAM"),
+    (ram, lambda m: m.data(number=1), "RMI_ERROR_INPUT", "rtt.c data_create: not DELEGATED"),
+    (ram, lambda m: m.data(PROTECTED_FRAMES), "RMI_ERROR_INPUT", "rtt.c validate_data_create: addr_in_par"),
+    (ram, lambda m: m.data(0), "RMI_ERROR_RTT(2)", "rtt.c data_create: the walk ends early"),
+    (
+        active,
+        lambda m: m.fresh_data(GFN + 1),
+        "RMI_ERROR_REALM",
+        "rtt.c validate_data_create: not NEW",
+    ),
+    (
+        data,
+        lambda m: m.fresh_unknown(GFN),
+        "RMI_ERROR_RTT(3)",
+        "rtt.c data_create: not UNASSIGNED",
+    ),
+    (tables, lambda m: m.unknown(0), "RMI_ERROR_RTT(2)", "rtt.c data_create: the walk ends early"),
+    (tables, lambda m: m.unknown(number=1), "RMI_ERROR_INPUT", "rtt.c data_create: not DELEGATED"),
+    (tables, lambda m: m.data_destroy(RD, GFN), "RMI_ERROR_RTT(3)", "rtt.c smc_data_destroy: not ASSIGNED"),
+    (tables, lambda m: m.data_destroy(RD, 0), "RMI_ERROR_RTT(2)", "rtt.c smc_data_destroy: the walk ends early"),
+    (block, lambda m: m.data_destroy(RD, GFN), "RMI_ERROR_RTT(2)", "rtt.c smc_data_destroy: the walk ends early"),
+    (tables, lambda m: m.data_destroy(RD, PROTECTED_FRAMES), "RMI_ERROR_INPUT", "rtt.c smc_data_destroy: addr_in_par"),
+    (
+        created,
+        lambda m: m.ipa_state_set_ram(RD, GFN),
+        "RMI_ERROR_RTT(0)",
+        "rtt.c smc_rtt_set_ripas: the walk ends early",
+    ),
+]
+
+
+@pytest.mark.parametrize(("before", "call", "code", "source"), _ROWS)
+def test_refused(before: Step, call: Step, code: str, source: str) -> None:
     machine = Machine()
     before(machine)
     with pytest.raises(FirmwareError) as error:
         call(machine)
-    assert error.value.code == code
+    assert error.value.code == code, source
 
 
 def test_a_granule_comes_and_goes_wiped() -> None:

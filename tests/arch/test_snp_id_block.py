@@ -84,7 +84,7 @@ def test_nothing_is_compared_without_an_id_block() -> None:
 
 POLICIES = [
     # (policy, firmware's version, threads of a core, met, source)
-    (policy.RESERVED_1, (1, 55), False, True, "4.3"),
+    (policy.RESERVED_1, (1, 55), False, True, "4.3: ABI 0.0 is met by any"),
     (0, (1, 55), False, False, "4.3: bit 17 is one"),
     (policy.RESERVED_1, (1, 55), True, False, "4.3: SMT, where it is on"),
     (policy.RESERVED_1 | policy.SMT, (1, 55), True, True, "4.3: SMT"),

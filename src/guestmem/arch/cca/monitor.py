@@ -4,7 +4,8 @@ Checks stand in the specification's order of failure conditions where it gives o
 nothing. An error in the walk names the level it reached: RMI_ERROR_RTT(2).
 
 Source: Realm Management Monitor specification 1.0 (DEN0137), RMI commands; TF-RMM runtime/rmi: rtt.c, granule.c,
-realm.c, rec.c. From memory: the layout of the parameters that the first measurement is of (here the policy only).
+realm.c, rec.c, run.c. From memory: the layout of the parameters that the first measurement is of (here the policy
+only).
 """
 
 from __future__ import annotations
@@ -164,6 +165,8 @@ class Monitor:
             raise self._rtt_error(call, level, gfn=gfn)
         if first.hipas is Hipas.ASSIGNED:
             step = frames(level)
+            if level < LEVEL_4K:  # no block is larger than 2M
+                raise self._rtt_error(call, level - 1, gfn=gfn)
             if first.pfn % (512 * step) or any(e.pfn != first.pfn + n * step for n, e in enumerate(entries)):
                 raise self._rtt_error(call, level, gfn=gfn)
         realm.drop_children(gfn, level)
@@ -176,9 +179,10 @@ class Monitor:
     def rtt_init_ripas(self, rd: Pfn, gfn: int, level: int = LEVEL_4K) -> None:
         """RMI_RTT_INIT_RIPAS for one entry: the realm will find RAM there. Measured; before activation."""
         call = "RMI_RTT_INIT_RIPAS"
-        realm = self._realm(call, rd, RealmState.NEW)
+        realm = self._realm(call, rd)
         reached, entry = self._protected(call, realm, gfn, level)
-        if reached != level or entry.hipas is not Hipas.UNASSIGNED:
+        self._realm(call, rd, RealmState.NEW)
+        if reached != level or entry.hipas is not Hipas.UNASSIGNED or entry.ripas is Ripas.DESTROYED:
             raise self._rtt_error(call, reached, gfn=gfn)
         realm.set(gfn, level, entry._replace(ripas=Ripas.RAM))
         realm.extend(_RIPAS, gfn << PAGE_SHIFT, gfn + frames(level) << PAGE_SHIFT)
