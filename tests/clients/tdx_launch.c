@@ -80,6 +80,7 @@ static void a_vcpu(void) {
     CHECK(STATUS(hw_error) == no_vcpus, "module %#lx", (long)hw_error);
     int vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
     CHECK(vcpu >= 0, "errno %d", errno);
+    int never = ioctl(vm, KVM_CREATE_VCPU, 1); /* initialised */
     CHECK_ERRNO(command(vcpu, GET_CPUID, 0, &list), E2BIG);
     CHECK(list.nent > 1 && list.nent <= LEAVES, "%u leaves", list.nent);
     list.nent = LEAVES;
@@ -94,10 +95,13 @@ static void a_vcpu(void) {
     CHECK_ERRNO(command(vcpu, INIT_MEM_REGION, 2, &region), EINVAL);
     CHECK_ERRNO(command(vcpu, INIT_MEM_REGION, MEASURE, &shared), EINVAL);
     CHECK(!command(vcpu, INIT_MEM_REGION, MEASURE, &region), "errno %d", errno);
+    CHECK_ERRNO(ioctl(vcpu, KVM_RUN, 0), EINVAL);
     CHECK(!command(vm, FINALIZE_VM, 0, NULL), "errno %d", errno);
     CHECK_ERRNO(command(vcpu, GET_CPUID, 0, &list), EINVAL);
-    CHECK_ERRNO(ioctl(vm, KVM_CREATE_VCPU, 1), EIO);
-    close(vcpu), close(gmem), close(vm);
+    CHECK_ERRNO(command(never, INIT_VCPU, 0, NULL), EINVAL);
+    CHECK_ERRNO(ioctl(never, KVM_RUN, 0), EINVAL);
+    CHECK_ERRNO(ioctl(vm, KVM_CREATE_VCPU, 2), EIO);
+    close(never), close(vcpu), close(gmem), close(vm);
 }
 
 int main(void) {

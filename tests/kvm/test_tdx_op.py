@@ -179,6 +179,18 @@ def test_no_vcpu_before_the_td() -> None:
         assert client.call(INIT_VM) == "EBUSY tdx_op.vcpus"
 
 
+def test_a_vcpu_that_was_not_initialised_never_runs() -> None:
+    """tdx_vcpu_pre_run, VCPU_TD_STATE_INITIALIZED."""
+    with Host(memory=1 << 20) as host:
+        client = Client(host)
+        assert not any(client.call(command) for command in (INIT_VM, VCPU, INIT_VCPU))
+        never = client.vm.create_vcpu(1)
+        assert not client.call(FINALIZE_VM)
+        with pytest.raises(Refusal) as refusal:
+            never.run()
+        assert (refusal.value.rule, refusal.value.errno) == ("run.no_vcpu", errno.EINVAL)
+
+
 def test_a_td_needs_an_apic_in_the_kernel() -> None:
     """tdx_vcpu_create, lapic_in_kernel."""
     with Host(memory=1 << 20) as host:

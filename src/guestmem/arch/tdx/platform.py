@@ -77,7 +77,7 @@ class TdxPlatform:
         return all((self.owner(Pfn(pfn)) is not None) is trusted for pfn in pages)
 
     def host_read(self, pfn: Pfn, hva: int) -> bytes:
-        """A TD's line read through another key is zeros. From memory: TDX base specification, memory integrity."""
+        """Zeros: who is not in SEAM mode finds no other bytes in a TD's line. Source: TDX module base spec 16.2.3."""
         return _ZEROS if self.owner(pfn) is not None else read_host(hva, PAGE_SIZE)
 
 
