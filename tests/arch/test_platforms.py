@@ -161,6 +161,7 @@ def test_large_leaves_are_split_and_merged(new: New) -> None:
     assert guest.leaf_order(512, large) == 9
     guest.make_private(512, large)
     assert guest.leaf_order(512, large) == 9
+    assert guest.check_access(512, large.pfn, 9, True)  # a TD accepts it whole
     guest.split(512, 9)
     assert guest.leaf_order(512, pages.block(first, 9)) == 0
     assert guest.check_access(512 + 5, pages.block(first + 5).pfn, 0, True)
@@ -270,6 +271,7 @@ def test_conversion_keeps_bytes_under_pkvm_alone() -> None:
         guest = _launched(platform)
         pages.write(0, b"from the host")
         guest.make_private(GFN, pages.block())
+        assert guest.check_access(GFN, pages.block().pfn, 0, False)
         found = pages.read(0)
         pages.write(0, b"from the guest")
         _convert(guest, pages.block())

@@ -9,6 +9,5 @@ NOT_COVERED = {
     "B22": "no per-CPU LRU batches hold references",
     "B33": "no direct map",
     "B36": "no count of safe references: references are looked at under the exclusive lock",
-    "B45": "no guest of SNP makes or ends its own vCPUs",
     "B68b": "a VMM's bug: nobody forbids a discard here",
 }

@@ -18,9 +18,10 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from errno import EIO
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from guestmem.cpu.engine import PageBit
+from guestmem.cpu.engine import PageBit, Pvalidate, Rmpadjust
+from guestmem.cpu.registers import Regs, Sregs
 from guestmem.memory import Pfn
 
 
@@ -65,6 +66,71 @@ class Block(NamedTuple):
         return 1 << self.order
 
 
+class Accept(NamedTuple):
+    """TDG.MEM.PAGE.ACCEPT of the page at `gpa`, of 2M with `large`."""
+
+    gpa: int
+    large: bool
+
+
+class Done(NamedTuple):
+    """A guest's instruction was executed: what it leaves in the register of its result."""
+
+    value: int
+
+
+class Raises(NamedTuple):
+    """It raises an exception in the guest."""
+
+    vector: int
+    error_code: int = 0
+
+
+class Faults(NamedTuple):
+    """A nested page fault, and it is repeated: KVM is to map the page; with smaller entries, if `smaller`."""
+
+    smaller: bool = False
+
+
+UNDEFINED = Raises(6)
+"""#UD: no such instruction."""
+
+GuestInstruction: TypeAlias = Pvalidate | Rmpadjust | Accept
+Outcome: TypeAlias = Done | Raises | Faults
+
+
+class StatePages(Protocol):
+    """Pages that the guest itself made for the state of a vCPU: SNP's VMSAs."""
+
+    def gfn(self, vcpu: int) -> int | None:
+        """Where the page of a vCPU is; None if it has none that the guest made."""
+        ...
+
+    def page(self, vcpu: int) -> Pfn | None:
+        """Which page that is."""
+        ...
+
+    def use(self, vcpu: int, gfn: int, block: Block) -> None:
+        """From now on a vCPU, which is outside, enters with this page (order 0)."""
+        ...
+
+    def drop(self, vcpu: int) -> None:
+        """A vCPU, which is outside, has no page, and cannot enter."""
+        ...
+
+    def load(self, vcpu: int) -> tuple[Regs, Sregs]:
+        """The registers in the page that the guest made."""
+        ...
+
+    def save(self, vcpu: int, regs: Regs, sregs: Sregs) -> None:
+        """They go into it."""
+        ...
+
+    def is_good(self, vcpu: int) -> bool:
+        """Whether hardware would let the vCPU enter with its page."""
+        ...
+
+
 class Owner(NamedTuple):
     """Whose a page is: number and generation of the identity, and the guest frame it is at, where the table knows."""
 
@@ -89,6 +155,11 @@ class GuestArchitecture(Protocol):
 
         None for realms and pKVM guests as well, in which the top bit of an address says it: engines are x86.
         """
+        ...
+
+    @property
+    def state_pages(self) -> StatePages | None:
+        """None where guests make no such pages."""
         ...
 
     @property
@@ -180,6 +251,11 @@ class GuestArchitecture(Protocol):
 
     def leave(self, vcpu: int) -> None:
         """Out again, of itself or because it was kicked. Nothing to do for one that is outside."""
+        ...
+
+    def execute(self, instruction: GuestInstruction, leaf: tuple[Pfn, int] | None) -> Outcome:
+        """An instruction of the guest's about a page: done by the CPU or firmware, by the tables and what stage 2 maps
+        there: the page and the order of its private leaf. #UD where the architecture has no such instruction."""
         ...
 
     def teardown(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from guestmem.arch.architecture import Block, Owner
+from guestmem.arch.architecture import UNDEFINED, Block, GuestInstruction, Outcome, Owner
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
 
 
@@ -45,6 +45,7 @@ class SoftwareGuest:
 
     launched = True
     page_bit = None
+    state_pages = None
     has_vcpus = False
     inside: frozenset[int] = frozenset()
 
@@ -102,6 +103,9 @@ class SoftwareGuest:
 
     def leave(self, vcpu: int) -> None:
         """Nobody counts vCPUs."""
+
+    def execute(self, instruction: GuestInstruction, leaf: tuple[Pfn, int] | None) -> Outcome:
+        return UNDEFINED
 
     def teardown(self) -> bool:
         return True

@@ -18,6 +18,7 @@ from typing import Any
 from guestmem.arch.snp import SnpGuest, SnpPlatform
 from guestmem.arch.snp.firmware import Firmware
 from guestmem.arch.snp.rmp import Rmp
+from guestmem.arch.snp.vcpus import SnpVcpus, Vmsa
 from guestmem.arch.sw import SoftwareGuest
 from guestmem.check.arena import ARENA_SIZE
 from guestmem.check.invariants import snapshot
@@ -65,6 +66,7 @@ CONSTANTS: dict[type, frozenset[str]] = {
     RwLock: frozenset({"_scheduler", "exclusive", "lock_class", "name", "shared"}),
     SnpGuest: frozenset({"_key"}),
     SnpPlatform: frozenset({"guests_validate"}),
+    SnpVcpus: frozenset({"_asid", "_firmware", "_own_pages", "_rmp"}),
     SoftwareGuest: frozenset({"has_tables"}),
     Splits: frozenset({"_parts", "orders", "whole"}),
     ScriptedEngine: frozenset({"_memory", "script"}),
@@ -136,6 +138,11 @@ def _leaf(walk: Walk, leaf: Leaf) -> None:
     walk.out += (leaf.gfn, leaf.order, leaf.writable)
     for inside in range(1 << leaf.order):
         _rename(walk, leaf.pfn + inside)
+
+
+def _vmsa(walk: Walk, vmsa: Vmsa) -> None:
+    walk.out.append(vmsa.gfn)
+    _rename(walk, vmsa.pfn)
 
 
 def _gmem_leaf(walk: Walk, leaf: GmemLeaf) -> None:
@@ -288,6 +295,7 @@ def rules() -> Rules:
             Pte: _pte,
             Leaf: _leaf,
             GmemLeaf: _gmem_leaf,
+            Vmsa: _vmsa,
             Iotlb: _iotlb,
             Page: _page,
             PfnMap: _pfn_map,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from guestmem.cpu import boot
@@ -28,7 +29,7 @@ from guestmem.cpu.engine import (
     Translation,
 )
 from guestmem.cpu.registers import Regs, Sregs
-from guestmem.cpu.scripted import Load, Store
+from guestmem.cpu.scripted import Load, Step, Store
 from guestmem.memory import PAGE_SIZE
 
 CODE = 0xE000
@@ -76,10 +77,11 @@ class _WithCode:
 class CompiledEngine:
     """An engine with the behaviour of ScriptedEngine, whose accesses Unicorn executes."""
 
-    def __init__(self, memory: GuestMemory, script: list[Load | Store]) -> None:
+    def __init__(self, memory: GuestMemory, script: Sequence[Step]) -> None:
         from guestmem.cpu.unicorn import UnicornEngine
 
-        code = _compile_asserting(script) if _asserts(script) else _compile_real(script)
+        accesses = _accesses(script)
+        code = _compile_asserting(accesses) if _asserts(accesses) else _compile_real(accesses)
         self._step = code.step
         self._pages = mmap.mmap(-1, len(code.pages))
         self._pages.write(code.pages)
@@ -106,6 +108,7 @@ class CompiledEngine:
             return SliceOver()
         if isinstance(stop, Stage2Miss):
             access = self.script[self.done]
+            assert isinstance(access, Load | Store)
             return Stage2Miss(access.gpa, isinstance(access, Store), private=access.private)
         return stop
 
@@ -148,6 +151,13 @@ class CompiledEngine:
         if isinstance(self.script[self.done], Load):
             self.loaded.append(byte)
         self.done += 1
+
+
+def _accesses(script: Sequence[Step]) -> list[Load | Store]:
+    for step in script:
+        if not isinstance(step, Load | Store):
+            raise Unconfirmable(f"{step} is no access of one byte")
+    return [step for step in script if isinstance(step, Load | Store)]
 
 
 def _asserts(script: list[Load | Store]) -> bool:

@@ -23,7 +23,7 @@ from pyroaring import BitMap, BitMap64
 from guestmem.check.arena import ArenaBacking
 from guestmem.check.canonical import LEFT_OUT
 from guestmem.check.firmware import Firmware
-from guestmem.cpu.scripted import ScriptedEngine, Store
+from guestmem.cpu.scripted import Load, ScriptedEngine, Store, Write
 from guestmem.memory import Range
 from guestmem.memory.attributes import Attributes
 from guestmem.memory.page_table import PageTable
@@ -281,11 +281,11 @@ def _noted_access(recorder: Recorder) -> Any:
 
     def run(self: ScriptedEngine) -> Any:
         stop = original(self)
-        if self.done:
-            access = self.script[self.done - 1]
+        access = self.script[self.done - 1] if self.done else None
+        if isinstance(access, Load | Store | Write):
             place = self.tlb.get((access.gpa >> 12, access.private))
             if place is not None:
-                recorder.used_range(recorder, "bytes", place.hva, place.hva + 4096, isinstance(access, Store))
+                recorder.used_range(recorder, "bytes", place.hva, place.hva + 4096, not isinstance(access, Load))
         recorder.used_range(self, "tlb", *_EVERYTHING, write=True)
         return stop
 

@@ -136,6 +136,7 @@ def _s3(world: World) -> Iterator[str]:
                 if current is None or current.hva != cached.hva:
                     yield f"vCPU {vcpu.number} of vm {kvm.number} caches gfn {frame:#x}, stage 2 no longer has it"
     yield from stale_translations(world)
+    yield from ownership.stale_state_pages(world)
 
 
 @_property("S4", "windows are closed as often as they are opened")

@@ -9,7 +9,7 @@ the state, and what a scenario's `sometimes` speaks of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ClassVar
 
 from guestmem.arch import Lifetime
@@ -18,7 +18,7 @@ from guestmem.check.canonical import FINGERPRINT
 from guestmem.check.ghost import Ghost, GhostPool
 from guestmem.check.invariants import PROPERTIES, Violation, check_all, snapshot
 from guestmem.cpu.engine import Engine, GuestMemory
-from guestmem.cpu.scripted import Load, ScriptedEngine, Store
+from guestmem.cpu.scripted import ScriptedEngine, Step
 from guestmem.host import Gmem, Host, Vm
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.dirty_log import get_dirty_log
@@ -27,6 +27,7 @@ from guestmem.kvm.gmem import set_memory_attributes2
 from guestmem.kvm.populate import PostPopulate, copy_source, populate
 from guestmem.kvm.prefault import pre_fault_memory
 from guestmem.kvm.set_region import set_user_memory_region2
+from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm_attributes import set_memory_attributes
 from guestmem.memory import (
     PAGE_SHIFT,
@@ -45,8 +46,8 @@ from guestmem.userspace import Process, SigBus, SigSegv, View
 
 POOL_PAGES = 64
 Call = Coroutine[Any, Any, object]
-GuestScript = tuple[Load | Store, ...]
-ScriptEngine = Callable[[GuestMemory, list[Load | Store]], Engine]
+GuestScript = tuple[Step, ...]
+ScriptEngine = Callable[[GuestMemory, Sequence[Step]], Engine]
 
 _arenas: list[Arena] = []
 
@@ -64,7 +65,7 @@ class Machine(Host):
 
     def __init__(self, *, level: AbiLevel = FUTURE, failures: int = 0, lifetime: Lifetime = Lifetime.BINDING) -> None:
         self._arena = _arenas.pop() if _arenas else Arena()
-        self._script: list[Load | Store] = []
+        self._script: list[Step] = []
         self.failed_calls: tuple[str, ...] = ()  # of hardware and firmware
         super().__init__(
             memory=POOL_PAGES * PAGE_SIZE, level=level, engine=self._new_engine, debug=True, lifetime=lifetime
@@ -138,14 +139,17 @@ class Machine(Host):
 
     # What actors do
 
-    def guest(self, *script: Load | Store, vm: Vm | None = None) -> Call:
+    def guest(self, *script: Step, vm: Vm | None = None) -> Call:
         """A new vCPU's KVM_RUN, with a guest that does the accesses of `script`. Answers what it read, or its exit."""
         vm = vm or self.vm()
         self._script = list(script)
-        vcpu = vm.create_vcpu(len(vm.kvm.vcpus))
+        return self.run_vcpu(vm.create_vcpu(len(vm.kvm.vcpus)).vcpu)
+
+    def run_vcpu(self, vcpu: Vcpu) -> Call:
+        """KVM_RUN of a vCPU that is there."""
 
         async def run() -> str:
-            exit_ = await vcpu.vcpu.run()
+            exit_ = await vcpu.run()
             loaded = getattr(vcpu.engine, "loaded", [])
             return _exit(exit_) + "".join(f" {byte:#04x}" for byte in loaded)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from guestmem.arch import Lifetime, Owner
 from guestmem.check.world import World, contexts, live_vms
 from guestmem.kvm.identity import Identity, VirtualMachine
+from guestmem.kvm.vm import Kvm
 from guestmem.memory import Access, Inode, PageIndex, Pfn
 
 
@@ -70,6 +71,33 @@ def _leaves_of_others(world: World) -> Iterator[str]:
                 owner = platform.owner(Pfn(leaf.pfn + inside))
                 if owner is None or owner[:2] != kvm.machine.identity:
                     yield f"vm {kvm.number} maps gfn {number + inside:#x}, whose page is {owner}'s"
+
+
+def stale_state_pages(world: World) -> Iterator[str]:
+    """S3 of the page that a vCPU's state is in: it has left the file only if the vCPU is out, and looks it up before it
+    enters again. And no vCPU that was told to let go of its page is still on its way into the guest with it when
+    the guest has taken it back (known bug B45)."""
+    places = _places(world)
+    for kvm in live_vms(world):
+        pages = kvm.machine.architecture.state_pages
+        for vcpu in kvm.vcpus.values() if pages is not None else ():
+            mode = vcpu.guest_mode
+            pfn = pages.page(mode.number) if pages is not None and mode is not None else None
+            if pages is None or mode is None or pfn is None:
+                continue
+            gone = not _is_private_at(world, kvm, pfn, pages.gfn(mode.number), places.get(pfn))
+            who = f"vCPU {vcpu.number} of vm {kvm.number}"
+            if gone and (mode.entering or not mode.requested):
+                yield f"{who} has its state in pfn {pfn}, which is its guest's page no more"
+            elif mode.entering and mode.requested and not pages.is_good(mode.number):
+                yield f"{who} enters with pfn {pfn}, which it was told to let go of"
+
+
+def _is_private_at(world: World, kvm: Kvm, pfn: Pfn, gfn: int | None, place: tuple[Inode, PageIndex] | None) -> bool:
+    if place is None or place[0].access_at(place[1]) is not Access.PRIVATE:
+        return False
+    owner = world.platforms[kvm.vm_type].owner(pfn)
+    return owner is not None and owner[:2] == kvm.machine.identity and owner.gfn == gfn
 
 
 def freed_but_owned(world: World) -> Iterator[str]:

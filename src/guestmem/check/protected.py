@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from guestmem.check.invariants import Violation
 from guestmem.check.machine import Call, Machine
-from guestmem.cpu.scripted import Store
+from guestmem.cpu.engine import Pvalidate, Rmpadjust, Vmgexit
+from guestmem.cpu.scripted import Load, Step, Store, Write
 from guestmem.host import Gmem, Vm
+from guestmem.kvm import ghcb_msr, snp_ap
 from guestmem.kvm.addresses import Gfn
+from guestmem.kvm.ghcb import AP_CREATION
 from guestmem.kvm.launch import launch_finish, launch_start, launch_update
+from guestmem.kvm.vcpu import Vcpu
 from guestmem.memory import PAGE_SIZE, Access, PageIndex, read_host
 from guestmem.trace import Refusal
-from guestmem.uapi.kvm import VmType
+from guestmem.uapi.kvm import KVM_MP_STATE_HALTED, VmType
 
 POLICY = 1 << 17
 
@@ -80,6 +84,33 @@ def share_or_keep(m: Machine, gmem: Gmem, first: int, pages: int, destroyed_by: 
     return convert()
 
 
+def ghcb(gpa: int, exit_code: int, info_1: int = 0, info_2: int = 0, rax: int | None = None) -> tuple[Step, ...]:
+    """A guest makes a request in its GHCB, a shared page at `gpa`."""
+    page, valid = bytearray(PAGE_SIZE), 0
+    for place, value in ((0x390, exit_code), (0x398, info_1), (0x3A0, info_2), (0x1F8, rax)):
+        if value is not None:
+            page[place : place + 8] = value.to_bytes(8, "little")
+            valid |= 1 << place // 8
+    page[0x3F0:0x400] = valid.to_bytes(16, "little")
+    return Write(gpa, bytes(page), private=False), Vmgexit(gpa | ghcb_msr.REG_GPA_REQ), Vmgexit(gpa)
+
+
+DATA, VMSA, GHCB = 0, PAGE_SIZE, 2 * PAGE_SIZE
+"""The three pages of a guest that makes another vCPU: with a 7, its VMSA, and the shared one."""
+
+MAKE_VMSA = (
+    Store(DATA, 7),
+    Pvalidate(VMSA, large=False, validate=True),
+    Rmpadjust(VMSA, large=False, target=1, permissions=0, vmsa=True),
+)
+AP = 0
+CREATE_AP = ghcb(GHCB, AP_CREATION, AP << 32 | snp_ap.CREATE, VMSA, snp_ap.SEV_FEATURES)
+DESTROY_AP = (
+    *ghcb(GHCB, AP_CREATION, AP << 32 | snp_ap.DESTROY),
+    Rmpadjust(VMSA, large=False, target=1, permissions=0, vmsa=False),
+)
+
+
 def start(vm: Vm) -> Call:
     """SNP_LAUNCH_START and its like."""
     return launch_start(vm.kvm, POLICY)
@@ -103,3 +134,16 @@ def finish(vm: Vm) -> Call:
         return "ok"
 
     return end()
+
+
+def ap_memory(m: Machine, before: tuple[Step, ...]) -> tuple[Gmem, Vcpu]:
+    """A launched VM's file with those pages, and its vCPU 0, which reads the 7 once the guest makes it run and halts
+    until then. Another one has done `before`."""
+    gmem = launched_gmem(m, 3)
+    gmem.convert(GHCB, PAGE_SIZE, Access.SHARED)
+    m.guest(Load(DATA)).close()
+    ap = m.vm().kvm.vcpus[AP]
+    ap.mp_state = KVM_MP_STATE_HALTED
+    prepared = m.guest(*before)
+    m.before_start.append(lambda: m.run(prepared))
+    return gmem, ap

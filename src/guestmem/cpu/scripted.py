@@ -8,8 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from collections.abc import Sequence
+from typing import TypeAlias, cast
 
-from guestmem.cpu.engine import CpuidTable, GuestMemory, Halt, SliceOver, Stage2Miss, Stop, Translation
+from guestmem.cpu.engine import (
+    CpuidTable,
+    GuestMemory,
+    Halt,
+    Pvalidate,
+    Rmpadjust,
+    SliceOver,
+    Stage2Miss,
+    Stop,
+    Tdcall,
+    Translation,
+    Vmgexit,
+)
 from guestmem.cpu.registers import Regs, Sregs
 
 _PAGE = 4096
@@ -32,17 +46,33 @@ class Store:
     private: bool | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Write:
+    """Write `data` to `gpa`, inside of one page, in one step."""
+
+    gpa: int
+    data: bytes
+    private: bool | None = None
+
+
+Call: TypeAlias = Pvalidate | Rmpadjust | Vmgexit | Tdcall
+Step: TypeAlias = Load | Store | Write | Call
+
+
 class ScriptedEngine:
-    """Does one access of `script` in each run; halts at the end. `loaded` are the bytes that loads have read.
+    """Does one access of `script` in each run; halts at the end. `loaded` are the bytes that loads have read,
+    `completed` what calls were completed with, or (vector, error code) of the exception that they raised.
 
     `tlb` maps (frame, asserted kind) to its translation.
     """
 
-    def __init__(self, memory: GuestMemory, script: list[Load | Store]) -> None:
-        self.script = script
+    def __init__(self, memory: GuestMemory, script: Sequence[Step]) -> None:
+        self.script = cast("list[Step]", script)  # the caller may go on writing it
         self.done = 0
         self.loaded: list[int] = []
+        self.completed: list[int | tuple[int, int]] = []
         self.tlb: dict[tuple[int, bool | None], Translation] = {}
+        self._at_call = False  # an instruction that is not past until it is answered
         self._memory = memory
         self._regs = Regs()
         self._sregs = Sregs()
@@ -51,13 +81,20 @@ class ScriptedEngine:
         if self.done == len(self.script):
             return Halt()
         access = self.script[self.done]
-        write = isinstance(access, Store)
+        if isinstance(access, Call):
+            self._at_call = isinstance(access, Pvalidate | Rmpadjust)
+            self.done += not self._at_call
+            return access
+        write = not isinstance(access, Load)
         translation = self._translate(access.gpa, write, access.private)
         if translation is None:
             return Stage2Miss(access.gpa, write, private=access.private)
-        byte = ctypes.c_uint8.from_address(translation.hva + access.gpa % _PAGE)
+        at = translation.hva + access.gpa % _PAGE
+        byte = ctypes.c_uint8.from_address(at)
         if isinstance(access, Store):
             byte.value = access.value
+        elif isinstance(access, Write):
+            ctypes.memmove(at, access.data, len(access.data))
         else:
             self.loaded.append(byte.value)
         self.done += 1
@@ -71,10 +108,16 @@ class ScriptedEngine:
         return SliceOver()
 
     def complete(self, value: int) -> None:
-        raise AssertionError("a scripted guest asks for nothing")
+        self._answer(value)
 
     def raise_exception(self, vector: int, error_code: int) -> None:
-        raise AssertionError("a scripted guest asks for nothing")
+        """The script goes on after the instruction: its handler passes over it."""
+        self._answer((vector, error_code))
+
+    def _answer(self, answer: int | tuple[int, int]) -> None:
+        self.completed.append(answer)
+        self.done += self._at_call
+        self._at_call = False
 
     def flush_tlb(self) -> None:
         self.tlb.clear()

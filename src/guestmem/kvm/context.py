@@ -15,7 +15,7 @@ import bisect
 import errno
 from typing import TYPE_CHECKING
 
-from guestmem.kvm import protection
+from guestmem.kvm import protection, state_page
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.memslots import MemorySlot
 from guestmem.memory import Access, File, Inode, Invalidation, Page, PageIndex, PageRange, Range, Reason
@@ -59,9 +59,10 @@ class KvmGmemContext:
             around = self.gfns_of(invalidation.hull) if invalidation.hull else ranges
             await self.kvm.stage2.begin(ranges, invalidation.accesses, around)
             has_tables = self.kvm.machine.architecture.has_tables
-            converts = invalidation.reason in (Reason.CONVERT_TO_SHARED, Reason.CONVERT_TO_PRIVATE)
-            if has_tables and not converts and self.is_owners:
-                protection.invalidate(self, ranges)
+            if has_tables and Access.PRIVATE in invalidation.accesses and self.is_owners:
+                await state_page.reload(self.kvm, ranges)
+                if invalidation.reason is not Reason.CONVERT_TO_SHARED:
+                    protection.invalidate(self, ranges)
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
         if self._overlapping(invalidation.pages):

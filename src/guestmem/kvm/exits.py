@@ -79,6 +79,14 @@ class FailEntryExit:
 
 
 @dataclasses.dataclass(slots=True)
+class SystemEventExit:
+    """KVM_EXIT_SYSTEM_EVENT: the guest asks to be ended. `type` is KVM_SYSTEM_EVENT_*, `data` at most 16 values."""
+
+    type: int
+    data: tuple[int, ...]
+
+
+@dataclasses.dataclass(slots=True)
 class InternalErrorExit:
     """KVM_EXIT_INTERNAL_ERROR, suberror emulation: the engine cannot execute what stands at `rip`."""
 
@@ -102,6 +110,7 @@ Exit: TypeAlias = (
     | ShutdownExit
     | IrqWindowOpenExit
     | FailEntryExit
+    | SystemEventExit
     | InternalErrorExit
     | InterruptedExit
 )

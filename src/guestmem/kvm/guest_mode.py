@@ -1,13 +1,15 @@
 """Guest mode: how a vCPU that hardware or firmware knows goes into the guest, and is thrown out of it.
 
-    look at the requests -> VMRUN, TDH.VP.ENTER, ... -> slices -> an exit, or a kick -> look at the requests ...
+    look at the request -> VMRUN, TDH.VP.ENTER, ... -> slices -> an exit, or a kick -> look at the request ...
 
 A vCPU stays inside from one slice to the next and comes out at an exit. Who changes what it may have cached kicks it:
 it is out at once, since nothing runs between two awaits, and enters again before its next slice. One that has looked at
 its requests and has not entered yet cannot be thrown out: it enters, leaves at once and looks again. Who needs that to
 have happened waits for it (KVM_REQUEST_WAIT, known bug B45).
 
-Source: arch/x86/kvm/x86.c vcpu_enter_guest; Documentation/virt/kvm/vcpu-requests.rst.
+There is one request: the page that the vCPU's state is in is to be looked up again (`state_page.py`).
+
+Source: arch/x86/kvm/x86.c vcpu_enter_guest, vcpu_block; Documentation/virt/kvm/vcpu-requests.rst; 309d28576f0a.
 """
 
 from __future__ import annotations
@@ -16,55 +18,119 @@ import errno
 from typing import TYPE_CHECKING
 
 from guestmem.arch import FirmwareError
-from guestmem.cpu.engine import Engine, Pvalidate, Rmpadjust, SliceOver, Stop
+from guestmem.cpu.engine import Halt, Pvalidate, Rmpadjust, SliceOver, Stop
+from guestmem.kvm import state_page
 from guestmem.kvm.exits import FailEntryExit
+from guestmem.kvm.guest_calls import GUEST_CALLS
+from guestmem.sched import Operation, park
 from guestmem.trace import Refusal
+from guestmem.uapi.kvm import KVM_MP_STATE_HALTED
 
 if TYPE_CHECKING:
-    from guestmem.kvm.vm import Kvm
+    from guestmem.arch import GuestArchitecture
+    from guestmem.kvm.vcpu import Vcpu
 
 _NO_EXIT = (SliceOver, Pvalidate, Rmpadjust)
 
 
 class GuestMode:
-    """Of one vCPU. `entering`: it has looked at its requests (vcpu->mode is IN_GUEST_MODE)."""
+    """Of one vCPU.
 
-    def __init__(self, kvm: Kvm, number: int) -> None:
-        self.kvm = kvm
-        self.number = number if kvm.mirror_of is None else ~number
+    `entering`: it has looked at its request (vcpu->mode is IN_GUEST_MODE). `requested` is
+    KVM_REQ_UPDATE_PROTECTED_GUEST_STATE. `waiting_for_reset`: the page at `state_gpa` is to be its state, None for
+    none, once it is reset.
+    """
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.number = vcpu.number if vcpu.kvm.mirror_of is None else ~vcpu.number
         self.entering = False
+        self.requested = False
+        self.waiting_for_reset = False
+        self.state_gpa: int | None = None
+        self.state_loaded = True
+        new_calls = GUEST_CALLS.get(vcpu.kvm.vm_type)
+        self.calls = new_calls(vcpu) if new_calls is not None else None
 
-    async def run(self, engine: Engine) -> Stop | FailEntryExit:
+    @property
+    def architecture(self) -> GuestArchitecture:
+        """It moves with the identity."""
+        return self.vcpu.kvm.machine.architecture
+
+    async def run(self) -> Stop | FailEntryExit:
         """One slice, from inside the guest. Raises: Refusal EINVAL `run.no_vcpu`."""
-        failed = await self._enter()
-        if failed is not None:
-            return failed
-        stop = engine.run()
+        while self.number not in self.architecture.inside:
+            not_entered = await self._enter()
+            if not_entered is not None:
+                return not_entered
+        stop = self.vcpu.engine.run()
         if not isinstance(stop, _NO_EXIT):
             self.leave()
         return stop
 
-    async def _enter(self) -> FailEntryExit | None:
-        architecture = self.kvm.machine.architecture
-        if self.number in architecture.inside:
-            return None
+    async def _enter(self) -> Stop | FailEntryExit | None:
+        """Try to; None to go on if it is inside, and to try again if not."""
         self.entering = True
-        await self.kvm.scheduler.preempt("requests looked at, guest not entered")
+        if self.requested or self.vcpu.mp_state == KVM_MP_STATE_HALTED:
+            self.entering = False
+            return await self._update_or_block()
+        await self.vcpu.kvm.scheduler.preempt("request looked at, guest not entered")
         try:
-            architecture.enter(self.number)
+            self.architecture.enter(self.number)
         except FirmwareError as error:
             self.entering = False
             if "no_vcpu" in error.facts:
                 raise Refusal(errno.EINVAL, "run.no_vcpu", call=error.call, code=error.code) from error
             return FailEntryExit(error.call, error.code)
+        self._load_state()
+        if self.requested:  # the kick that came meanwhile
+            self.leave()
         return None
+
+    async def _update_or_block(self) -> Stop | None:
+        """Nobody but userspace can wait without an interrupt controller in the kernel: to it the vCPU halts."""
+        if self.requested:
+            self.requested = False
+            await state_page.update(self.vcpu, self)
+            return None
+        if self.vcpu.kvm.irqchip is None:
+            return Halt()
+        task = self.vcpu.kvm.scheduler.current
+        await park(
+            Operation("halted", f"vcpu {self.number}", lambda: self.requested or (task is None or task.signal_pending))
+        )
+        return None if self.requested else SliceOver()
 
     def leave(self) -> None:
         """An exit."""
-        self.kvm.machine.architecture.leave(self.number)
+        if self.number in self.architecture.inside:
+            self.architecture.leave(self.number)
+            self._save_state()
         self.entering = False
 
     def kick(self) -> None:
         """Throw it out, if it is inside."""
-        if self.number in self.kvm.machine.architecture.inside:
+        if self.number in self.architecture.inside:
             self.leave()
+
+    async def request(self) -> None:
+        """kvm_make_request_and_kick: the vCPU looks its page up before it enters again. Returns when it is outside, and
+        has not looked at its requests before this one."""
+        self.requested = True
+        self.kick()
+        if self.entering:
+            await park(Operation("kicked", f"vcpu {self.number}", lambda: not self.entering))
+
+    def _load_state(self) -> None:
+        """VMRUN, the first time with a page that the guest made."""
+        pages = self.architecture.state_pages
+        if not self.state_loaded and pages is not None:
+            regs, sregs = pages.load(self.number)
+            self.vcpu.engine.set_regs(regs)
+            self.vcpu.engine.set_sregs(sregs)
+            self.state_loaded = True
+
+    def _save_state(self) -> None:
+        pages = self.architecture.state_pages
+        if pages is not None and pages.gfn(self.number) is not None:
+            pages.save(self.number, self.vcpu.engine.get_regs(), self.vcpu.engine.get_sregs())

@@ -35,32 +35,22 @@ class FaultResult(enum.Enum):
     MMIO = "mmio"
 
 
-class _Held:
-    """File references taken inside an SRCU read section, to be put after it."""
-
-    def __init__(self) -> None:
-        self.files: list[File] = []
-
-    async def put(self) -> None:
-        for file in self.files:
-            await file.put()
-
-
 async def page_fault(
-    kvm: Kvm, gpa: int, *, write: bool, private: bool | None = None, prefault: bool = False
+    kvm: Kvm, gpa: int, *, write: bool, private: bool | None = None, prefault: bool = False, accessed: bool = True
 ) -> FaultResult:
     """Handle a guest access that stage 2 does not map.
 
     `private` is the access that the guest asserts, None where it cannot. `prefault` says that no guest waits: a slot
     that is being deleted is then an error and not a retry, since the caller would retry inside its read section while
-    the deletion waits for that section to end (known bug B26).
+    the deletion waits for that section to end (known bug B26). `accessed` is false for an instruction about
+    the page, which works on one that the guest could not use yet.
 
     Raises: Refusal. EFAULT `fault.mismatch`, `fault.no_slot`, `fault.no_gmem`, `fault.file_gone`, `user.page`; EIO
     `fault.binding`; EHWPOISON `fault.poisoned`; ENOMEM; EAGAIN `prefault.slot_deleted`; EINVAL `arch.make_private`,
     EFAULT `arch.guest_access`. Nothing is mapped then.
     """
     gfn = gfn_of(gpa)
-    held = _Held()
+    held: list[File] = []  # references taken inside the read section, to be put after it
     try:
         with kvm.srcu.read():
             slot = kvm.memslots.find(gfn)
@@ -84,14 +74,15 @@ async def page_fault(
                     if kvm.stage2.is_void(leaf, seen):
                         return FaultResult.RETRY
                     leaf = protection.prepare(kvm, leaf, gfn, (*kvm.environment.huge_orders, 0))
-                    if not prefault:
+                    if accessed and not prefault:
                         protection.check_guest_access(kvm, leaf, gfn, write)
                 mapped = kvm.stage2.install(leaf, access, seen)
                 if mapped and write and slot.dirty is not None:
                     slot.dirty.add(gfn - slot.gfns.start)
             return FaultResult.MAPPED if mapped else FaultResult.RETRY
     finally:
-        await held.put()
+        for file in held:
+            await file.put()
 
 
 def _asked_access(kvm: Kvm, slot: MemorySlot | None, gfn: Gfn, private: bool | None) -> Access:
@@ -107,23 +98,24 @@ def _asked_access(kvm: Kvm, slot: MemorySlot | None, gfn: Gfn, private: bool | N
 
 
 async def _find_page(
-    kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, write: bool, held: _Held
+    kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, write: bool, held: list[File]
 ) -> tuple[Leaf, Access]:
     """The leaf that would serve the access: from the file, or from the slot's host address."""
     if asked is Access.PRIVATE and not slot.has_gmem:
         raise Refusal(errno.EFAULT, "fault.no_gmem", slot=slot.id, gfn=gfn)
     if asked is Access.PRIVATE or slot.gmem_only:
-        return await _find_gmem_page(kvm, slot, gfn, asked, held)
+        return await find_gmem_page(kvm, slot, gfn, asked, held)
     entry = await kvm.mm.user_page(slot.hva_of(gfn), write)
     writable = entry.writable and slot.writable and (write or slot.dirty is None)
     return Leaf(gfn, 0, entry.pfn, entry.hva, entry.window, writable), Access.SHARED
 
 
-async def _find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, held: _Held) -> tuple[Leaf, Access]:
+async def find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, held: list[File]) -> tuple[Leaf, Access]:
+    """The leaf that would serve it from the slot's file, whose reference goes to `held`. Raises: as page_fault."""
     context = slot.context
     if context is None or not context.file.get_unless_dying():
         raise Refusal(errno.EFAULT, "fault.file_gone", slot=slot.id, gfn=gfn)
-    held.files.append(context.file)
+    held.append(context.file)
     page, access = await context.get_pfn(slot, gfn, asked if kvm.level.in_place else None)
     order = _leaf_order(slot, gfn, page.order, context.inode.orders)
     start = block(gfn, order).start

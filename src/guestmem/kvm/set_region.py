@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple, Protocol
 
-from guestmem.kvm import protection
+from guestmem.kvm import protection, state_page
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.memslots import MemorySlot
@@ -174,6 +174,7 @@ async def _retire(kvm: Kvm, slot: MemorySlot) -> None:
     """Let no new fault use the slot, wait for those that do, zap what they mapped. Source: kvm_invalidate_memslot."""
     slot.invalid = True
     await kvm.swap_memslots(kvm.memslots.replace(None, None))
+    await state_page.reload(kvm, [slot.gfns])
     async with kvm.stage2.mmu_lock:
         kvm.stage2.zap(slot.gfns, BOTH)
         if slot.context is not None and kvm.machine.architecture.has_tables and slot.context.is_owners:

@@ -13,6 +13,7 @@ import errno
 
 from guestmem.cpu import engine as cpu
 from guestmem.cpu.engine import Engine
+from guestmem.kvm import guest_instructions
 from guestmem.kvm.addresses import gfn_of
 from guestmem.kvm.exits import (
     Exit,
@@ -58,10 +59,11 @@ class Vcpu:
         self.exits = 0
         self.references = RefCount(kvm.scheduler, f"vcpu {number} vm {kvm.number}")
         self.unanswered: IoExit | MmioExit | HypercallExit | None = None
+        self.forwarded = False  # `unanswered` is a guest's call that was forwarded: `GuestMode.calls` completes it
         self._begun: cpu.Stop | None = None  # what `run_at_once` met and left
         self.mp_state = KVM_MP_STATE_RUNNABLE
         self.cpuid: cpu.CpuidTable = {}
-        self.guest_mode = GuestMode(kvm, number) if kvm.machine.architecture.has_vcpus else None
+        self.guest_mode = GuestMode(self) if kvm.machine.architecture.has_vcpus else None
         self.lapic = bytes(1024)  # what KVM_SET_LAPIC left
         kvm.get()
 
@@ -82,9 +84,8 @@ class Vcpu:
         async with self.mutex:
             if not self.kvm.machine.architecture.launched:
                 await self._wait_for_launch()
-            self._answer()
             try:
-                exit_ = await self._run()
+                exit_ = await self._complete_forwarded() or await self._run()
             finally:
                 if self.guest_mode is not None:
                     self.guest_mode.leave()
@@ -127,6 +128,7 @@ class Vcpu:
             self.kvm.tracer.emit(event.KvmExit(self.kvm.number, self.number, type(exit_).__name__))
 
     async def _run(self) -> Exit:
+        self._answer()
         while True:
             if self.immediate_exit:
                 return InterruptedExit()
@@ -138,7 +140,7 @@ class Vcpu:
                 stop, self._begun = self._begun or self.engine.run(), None
                 exit_ = await self._handle(stop)
             else:
-                exit_ = await self._handle(await self.guest_mode.run(self.engine))
+                exit_ = await self._handle(await self.guest_mode.run())
             if exit_ is not None:
                 return exit_
             await self.kvm.scheduler.cond_resched("vCPU slice")
@@ -172,8 +174,10 @@ class Vcpu:
                 return self._wait_for_answer(MmioExit(stop.gpa, stop.size, False))
             case cpu.Hypercall():
                 return self._hypercall(stop)
-            case cpu.Pvalidate() | cpu.Rmpadjust() | cpu.Vmgexit() | cpu.Tdcall():
-                return InternalErrorExit(self.engine.get_regs().rip, f"{type(stop).__name__} in a VM without it")
+            case cpu.Pvalidate() | cpu.Rmpadjust():
+                return await guest_instructions.execute(self, stop, self.engine.complete)
+            case cpu.Vmgexit() | cpu.Tdcall():
+                return await self._guest_call(stop)
             case cpu.Halt():
                 return await self._halt()
             case cpu.Shutdown():
@@ -184,6 +188,26 @@ class Vcpu:
                 return InternalErrorExit(stop.rip, stop.why)
             case FailEntryExit():
                 return stop
+
+    async def _guest_call(self, stop: cpu.Vmgexit | cpu.Tdcall) -> Exit | None:
+        calls = self.guest_mode.calls if self.guest_mode is not None else None
+        if calls is None or not isinstance(stop, calls.handles):
+            return InternalErrorExit(self.engine.get_regs().rip, f"{type(stop).__name__} in a VM without it")
+        return self._forward(await calls.handle(stop))
+
+    async def _complete_forwarded(self) -> Exit | None:
+        """Source: vcpu->arch.complete_userspace_io."""
+        pending = self.unanswered
+        if not self.forwarded or not isinstance(pending, HypercallExit):
+            return None
+        assert self.guest_mode is not None and self.guest_mode.calls is not None
+        self.unanswered, self.forwarded = None, False
+        return self._forward(await self.guest_mode.calls.complete(pending.ret))
+
+    def _forward(self, exit_: Exit | None) -> Exit | None:
+        if isinstance(exit_, HypercallExit):
+            self.unanswered, self.forwarded = exit_, True
+        return exit_
 
     def _wait_for_answer(self, exit_: IoExit | MmioExit | HypercallExit) -> Exit:
         self.unanswered = exit_

@@ -23,6 +23,7 @@ from guestmem.kvm.exits import (
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
+    SystemEventExit,
 )
 from guestmem.uapi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 
@@ -31,7 +32,8 @@ SIZE = PAGES * mmap.PAGESIZE
 IO_DATA_OFFSET = mmap.PAGESIZE
 
 EXIT_IO, EXIT_HYPERCALL, EXIT_HLT, EXIT_MMIO, EXIT_IRQ_WINDOW_OPEN, EXIT_SHUTDOWN = 2, 3, 5, 6, 7, 8
-EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_MEMORY_FAULT = 9, 10, 17, 39
+EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_SYSTEM_EVENT = 9, 10, 17, 24
+EXIT_MEMORY_FAULT = 39
 INTERNAL_ERROR_EMULATION = 1
 _ENTRY_FAILED = (1 << 64) - 1  # SVM_EXIT_ERR
 _IO_OUT = 1
@@ -48,6 +50,7 @@ _HYPERCALL_RET = struct.Struct("<Q")
 _HYPERCALL_RET_AT = _UNION_AT + 8 + 6 * 8
 _MEMORY_FAULT = struct.Struct("<QQQ")  # flags, gpa, size
 _FAIL_ENTRY = struct.Struct("<QI")  # hardware_entry_failure_reason, cpu
+_SYSTEM_EVENT = struct.Struct("<II16Q")  # type, ndata, data
 _INTERNAL = struct.Struct("<II16Q")  # suberror, ndata, data
 _STATE = struct.Struct("<BB")  # ready_for_interrupt_injection, if_flag
 _STATE_AT = 12
@@ -111,6 +114,10 @@ class KvmRun:
             case FailEntryExit():
                 reason, error = EXIT_FAIL_ENTRY, 0
                 _FAIL_ENTRY.pack_into(memory, _UNION_AT, _ENTRY_FAILED, 0)
+            case SystemEventExit():
+                reason, error = EXIT_SYSTEM_EVENT, 0
+                padding = (0,) * (16 - len(exit_.data))
+                _SYSTEM_EVENT.pack_into(memory, _UNION_AT, exit_.type, len(exit_.data), *exit_.data, *padding)
             case InternalErrorExit():
                 reason, error = EXIT_INTERNAL_ERROR, 0
                 _INTERNAL.pack_into(memory, _UNION_AT, INTERNAL_ERROR_EMULATION, 0, *(0,) * 16)

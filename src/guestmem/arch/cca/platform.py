@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from guestmem.arch.architecture import Block, FirmwareError, Owner
+from guestmem.arch.architecture import UNDEFINED, Block, FirmwareError, GuestInstruction, Outcome, Owner
 from guestmem.arch.cca.monitor import Monitor
 from guestmem.arch.cca.realm import (
     LEVEL_2M,
@@ -99,6 +99,7 @@ class CcaGuest:
 
     has_tables = True
     page_bit = None
+    state_pages = None
     has_vcpus = True
 
     def __init__(self, platform: CcaPlatform, number: int, generation: int) -> None:
@@ -282,6 +283,9 @@ class CcaGuest:
         return assigned and entry.pfn + gfn % frames(reached) == pfn
 
     # The end
+
+    def execute(self, instruction: GuestInstruction, leaf: tuple[Pfn, int] | None) -> Outcome:
+        return UNDEFINED
 
     def teardown(self) -> bool:
         """Data, tables from the leaves up, RECs, the realm. False if a call failed: granules stay lost then."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from guestmem.arch.architecture import Block, FirmwareError, Owner
+from guestmem.arch.architecture import UNDEFINED, Block, FirmwareError, GuestInstruction, Outcome, Owner
 from guestmem.arch.pkvm.hypervisor import Hypervisor, HypVm, PageState
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
 
@@ -62,6 +62,7 @@ class PkvmGuest:
 
     has_tables = True
     page_bit = None
+    state_pages = None
     has_vcpus = True
 
     def __init__(self, platform: PkvmPlatform, number: int, generation: int) -> None:
@@ -156,6 +157,9 @@ class PkvmGuest:
         return page is not None and page.pfn == pfn and page.state is PageState.OWNED
 
     # The end
+
+    def execute(self, instruction: GuestInstruction, leaf: tuple[Pfn, int] | None) -> Outcome:
+        return UNDEFINED
 
     def teardown(self) -> bool:
         """__pkvm_start_teardown_vm, each page reclaimed, __pkvm_finalize_teardown_vm."""

@@ -14,11 +14,12 @@ import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
-from guestmem.arch.architecture import Block, FirmwareError, Owner
+from guestmem.arch.architecture import Block, FirmwareError, GuestInstruction, Outcome, Owner
 from guestmem.arch.snp.cipher import MemoryKey
 from guestmem.arch.snp.digest import PageType
 from guestmem.arch.snp.firmware import Context, Firmware, GuestState, SevStatus
 from guestmem.arch.snp.id_block import NO_ID_BLOCK, LaunchFinish
+from guestmem.arch.snp.instructions import execute
 from guestmem.arch.snp.policy import DEFAULT as DEFAULT_POLICY
 from guestmem.arch.snp.rmp import FIRST_OWN, READ, WRITE, Entry, Fault, Rmp, State, Status
 from guestmem.arch.snp.vcpus import OwnPages, SnpVcpus
@@ -266,6 +267,10 @@ class SnpGuest:
     # vCPUs
 
     @property
+    def state_pages(self) -> SnpVcpus:
+        return self.vcpus
+
+    @property
     def inside(self) -> set[int]:
         return self.vcpus.inside
 
@@ -274,6 +279,9 @@ class SnpGuest:
 
     def leave(self, vcpu: int) -> None:
         self.vcpus.leave(vcpu)
+
+    def execute(self, instruction: GuestInstruction, leaf: tuple[Pfn, int] | None) -> Outcome:
+        return execute(self.platform.rmp, self.asid, instruction, leaf)
 
     def teardown(self) -> bool:
         """DECOMMISSION, once. If it fails, or a page could not be taken back, the ASID is never used again. Source:

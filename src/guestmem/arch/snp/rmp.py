@@ -228,10 +228,17 @@ class Rmp:
     def vmrun(self, asid: int, gfn: int, pfn: Pfn) -> Fault | None:
         """VMRUN with a VMSA page, which is in use until `vmexit`. Source: table 15-41."""
         entry = self._entries.get(pfn)
-        if entry is None or entry.asid != asid or entry.gfn != gfn or entry.immutable or not entry.vmsa or entry.large:
+        if entry is None or entry.in_use or not self.is_vmsa(asid, gfn, pfn):
             return Fault.INVALID
         entry.in_use = True
         return None
+
+    def is_vmsa(self, asid: int, gfn: int, pfn: Pfn) -> bool:
+        """Whether VMRUN takes the page for a VMSA of this guest."""
+        entry = self._entries.get(pfn)
+        if entry is None or not entry.vmsa or entry.large:
+            return False
+        return entry.asid == asid and entry.gfn == gfn and not entry.immutable
 
     def vmexit(self, pfn: Pfn) -> None:
         """#VMEXIT: the VMSA is out of use."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from guestmem.arch.architecture import FirmwareError
+from guestmem.arch.architecture import Block, FirmwareError
 from guestmem.arch.snp.digest import VMSA_GPA, PageType
 from guestmem.arch.snp.firmware import Context, Firmware, SevStatus
 from guestmem.arch.snp.rmp import FIRST_OWN, Fault, Rmp, State, Status
-from guestmem.arch.snp.vmsa import vmsa_page
-from guestmem.memory import PAGE_SHIFT, Pfn
+from guestmem.arch.snp.vmsa import load, save, vmsa_page
+from guestmem.cpu.registers import Regs, Sregs
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Pfn, read_host, write_host
 
 VMSA_GFN = VMSA_GPA >> PAGE_SHIFT
 
@@ -48,9 +49,6 @@ class Vmsa(NamedTuple):
     pfn: Pfn
     gfn: int = VMSA_GFN
     hva: int | None = None
-
-    def __fingerprint__(self) -> tuple[int, int]:
-        return self.pfn, self.gfn
 
 
 class SnpVcpus:
@@ -99,6 +97,42 @@ class SnpVcpus:
         if vcpu in self.inside:
             self._rmp.vmexit(self.vmsas[vcpu].pfn)
             self.inside.remove(vcpu)
+
+    # Pages that the guest made
+
+    def gfn(self, vcpu: int) -> int | None:
+        vmsa = self.vmsas.get(vcpu)
+        return None if vmsa is None or vmsa.hva is None else vmsa.gfn
+
+    def page(self, vcpu: int) -> Pfn | None:
+        vmsa = self.vmsas.get(vcpu)
+        return None if vmsa is None or vmsa.hva is None else vmsa.pfn
+
+    def use(self, vcpu: int, gfn: int, block: Block) -> None:
+        assert vcpu not in self.inside
+        self.vmsas[vcpu] = Vmsa(block.pfn, gfn, block.hva)
+
+    def drop(self, vcpu: int) -> None:
+        assert vcpu not in self.inside
+        self.vmsas.pop(vcpu, None)
+
+    def load(self, vcpu: int) -> tuple[Regs, Sregs]:
+        return load(read_host(self._hva(vcpu), PAGE_SIZE))
+
+    def save(self, vcpu: int, regs: Regs, sregs: Sregs) -> None:
+        hva = self._hva(vcpu)
+        write_host(hva, save(read_host(hva, PAGE_SIZE), regs, sregs))
+
+    def is_good(self, vcpu: int) -> bool:
+        vmsa = self.vmsas.get(vcpu)
+        return vmsa is not None and self._rmp.is_vmsa(self._asid, vmsa.gfn, vmsa.pfn)
+
+    def _hva(self, vcpu: int) -> int:
+        hva = self.vmsas[vcpu].hva
+        assert hva is not None, "KVM's own page"
+        return hva
+
+    # The end
 
     def take_back(self) -> None:
         """KVM's own pages are the host's again; one that cannot be is lost (snp_leak_pages)."""

@@ -2,7 +2,7 @@
 
 The Secure EPT is the page table and the ownership table in one: a page leaves the TD when its leaf is zapped, and its
 bytes with it. So an entry lasts as long as the leaf under every policy (Lifetime), and moving a memslot loses what was
-in it. Guest code here has no TDCALL: the guest is one that accepts each page when it first touches it, and finds zeros.
+in it. A guest accepts a page with TDG.MEM.PAGE.ACCEPT, or, by default, when it first touches it; and finds zeros.
 
 Source: arch/x86/kvm/vmx/tdx.c tdx_td_init, tdx_sept_set_private_spte, tdx_sept_remove_private_spte,
 tdx_gmem_post_populate, tdx_mmu_release_hkid, tdx_vm_destroy; spec/semantics.md section 14.
@@ -14,12 +14,23 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from guestmem.arch.architecture import Block, FirmwareError, Owner
+from guestmem.arch.architecture import (
+    UNDEFINED,
+    Accept,
+    Block,
+    Done,
+    Faults,
+    FirmwareError,
+    GuestInstruction,
+    Outcome,
+    Owner,
+)
 from guestmem.arch.tdx.lent_pages import LentPages
 from guestmem.arch.tdx.manage import TDCS_PAGES
 from guestmem.arch.tdx.memory_calls import MemoryCalls
 from guestmem.arch.tdx.pamt import PageType
 from guestmem.arch.tdx.parameters import DEFAULT_PARAMS, TdParams
+from guestmem.arch.tdx.status import TdxError
 from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_ROOT, OpState, Sept, Td
 from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
@@ -32,7 +43,11 @@ _ZEROS = bytes(PAGE_SIZE)
 
 
 class TdxPlatform:
-    """A machine with the TDX module. `fails(name)` true makes the call of that name end busy."""
+    """A machine with the TDX module. `fails(name)` true makes the call of that name end busy.
+
+    With `guests_accept` guests accept a page that they find pending, as kernels that accept memory lazily do; without,
+    such a page is a fault to them.
+    """
 
     name = "TDX"
     has_private_memory = True
@@ -43,10 +58,12 @@ class TdxPlatform:
         hkids: int = 509,
         packages: int = 1,
         dynamic_pamt: bool = True,
+        guests_accept: bool = True,
         fails: Callable[[str], bool] | None = None,
     ) -> None:
         self.module = MemoryCalls(hkids=hkids, packages=packages, dynamic_pamt=dynamic_pamt, fails=fails)
         self.lent = LentPages(self.module)
+        self.guests_accept = guests_accept
         self.guests: dict[Pfn, TdxGuest] = {}
         self.lost: set[Pfn] = set()  # TDs that could not be taken down, by TDR
 
@@ -86,6 +103,7 @@ class TdxGuest:
 
     has_tables = True
     page_bit = SHARED_BIT
+    state_pages = None
     has_vcpus = True
 
     def __init__(self, platform: TdxPlatform, number: int, generation: int) -> None:
@@ -219,8 +237,8 @@ class TdxGuest:
         return 0 if in_use or block.order < 9 or td.op_state is not OpState.RUNNABLE else 9
 
     def make_private(self, gfn: int, block: Block) -> None:
-        """TDH.MEM.PAGE.AUG with the tables that it needs, and the guest's TDG.MEM.PAGE.ACCEPT. Before the TD is
-        finalized KVM does not, though the module would: what a guest begins with is added."""
+        """TDH.MEM.PAGE.AUG with the tables that it needs; the guest has to accept it. Before the TD is finalized KVM does
+        not, though the module would: what a guest begins with is added."""
         td = self._module.tds.get(self.tdr)
         found = td.sept.leaf(gfn) if td is not None else None
         if found is not None:
@@ -228,7 +246,7 @@ class TdxGuest:
             if entry.pfn + gfn % (1 << 9 * level) == block.pfn:
                 self._unblock([(gfn >> 9 * level << 9 * level, level)])
                 entry = self.td.sept.get(gfn, level) or entry
-                if entry.state is Sept.MAPPED:
+                if entry.state in (Sept.MAPPED, Sept.PENDING):
                     return
         if td is not None and td.op_state is not OpState.RUNNABLE:
             raise FirmwareError("TDH.MEM.PAGE.AUG", "TD_STATE_INITIALIZED", gfn=gfn)
@@ -242,7 +260,6 @@ class TdxGuest:
             self._lent.uncover(block.pfn)
             raise
         self.gfns[block.pfn] = gfn
-        self._module.page_accept(self.tdr, gfn, level)
 
     def make_shared(self, blocks: Sequence[Block]) -> None:
         """TDH.MEM.PAGE.DEMOTE of leaves that stick out, RANGE.BLOCK of each, one TRACK: undone if one fails. Then
@@ -329,7 +346,23 @@ class TdxGuest:
             return False
         level, entry = found
         self._module.td_read(self.tdr, gfn)
+        if entry.state is Sept.PENDING and self._platform.guests_accept:
+            self._module.page_accept(self.tdr, gfn >> 9 * level << 9 * level, level)
+            level, entry = self.td.sept.leaf(gfn) or found
         return entry.state is Sept.MAPPED and entry.pfn + gfn % (1 << 9 * level) == pfn
+
+    def execute(self, instruction: GuestInstruction, leaf: tuple[Pfn, int] | None) -> Outcome:
+        """TDG.MEM.PAGE.ACCEPT; the value is all of RAX. A page that the Secure EPT does not have is KVM's to add."""
+        if not isinstance(instruction, Accept):
+            return UNDEFINED
+        gfn = instruction.gpa // PAGE_SIZE
+        if leaf is None or self.td.sept.leaf(gfn) is None:
+            return Faults()
+        try:
+            self._module.page_accept(self.tdr, gfn, LEVEL_2M if instruction.large else 0)
+        except TdxError as error:
+            return Done(error.status)
+        return Done(0)
 
     # The end
 

@@ -1,0 +1,67 @@
+"""The MSR protocol: what an SNP guest can ask without a GHCB, in the value of the GHCB MSR, and is answered there.
+
+Source: arch/x86/include/asm/sev-common.h; arch/x86/kvm/svm/sev.c sev_handle_vmgexit_msr_protocol, snp_begin_psc_msr.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from guestmem.kvm.exits import HypercallExit, SystemEventExit
+from guestmem.memory import PAGE_SHIFT
+from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED, KVM_SYSTEM_EVENT_SEV_TERM
+
+if TYPE_CHECKING:
+    from guestmem.kvm.vcpu import Vcpu
+
+INFO_MASK = 0xFFF
+SEV_INFO_RESP, SEV_INFO_REQ = 0x001, 0x002
+CPUID_REQ, CPUID_RESP = 0x004, 0x005
+PREF_GPA_REQ, PREF_GPA_RESP = 0x010, 0x011
+REG_GPA_REQ, REG_GPA_RESP = 0x012, 0x013
+PSC_REQ, PSC_RESP = 0x014, 0x015
+HV_FT_REQ, HV_FT_RESP = 0x080, 0x081
+TERM_REQ = 0x100
+
+PSC_RESP_ERROR = 1 << 63 | PSC_RESP
+PRIVATE, SHARED = 1, 2
+FEATURES = 1 << 0 | 1 << 1
+"""GHCB_HV_FT_SNP, GHCB_HV_FT_SNP_AP_CREATION."""
+_VERSION_MAX, _VERSION_MIN, _C_BIT = 2, 1, 51
+_DATA = (1 << 52) - 1
+
+
+def answer(vcpu: Vcpu, value: int) -> int | HypercallExit | SystemEventExit:
+    """The new value of the MSR, or what userspace is to do. A request that KVM does not know leaves the value alone."""
+    match value & INFO_MASK:
+        case code if code == SEV_INFO_REQ:
+            return _VERSION_MAX << 48 | _VERSION_MIN << 32 | _C_BIT << 24 | SEV_INFO_RESP
+        case code if code == CPUID_REQ:
+            found = cpuid(vcpu, value >> 32, 0)[value >> 30 & 3]
+            return found << 32 | value & 0xFFFFF000 | CPUID_RESP
+        case code if code == HV_FT_REQ:
+            return FEATURES << 12 | HV_FT_RESP
+        case code if code == PREF_GPA_REQ:
+            return _DATA << 12 | PREF_GPA_RESP
+        case code if code == REG_GPA_REQ:
+            return value & ~INFO_MASK | REG_GPA_RESP
+        case code if code == PSC_REQ:
+            return _page_state_change(vcpu, value)
+        case code if code == TERM_REQ:
+            return SystemEventExit(KVM_SYSTEM_EVENT_SEV_TERM, (value,))
+        case _:
+            return value
+
+
+def cpuid(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX, EDX as KVM_SET_CPUID2 has them; zeros for a leaf that there is not."""
+    return vcpu.cpuid.get((leaf, subleaf)) or vcpu.cpuid.get((leaf, 0), (0, 0, 0, 0))
+
+
+def _page_state_change(vcpu: Vcpu, value: int) -> int | HypercallExit:
+    gpa = (value >> 12 & (1 << 40) - 1) << PAGE_SHIFT
+    operation = value >> 52 & 0xF
+    if operation not in (PRIVATE, SHARED) or not vcpu.kvm.enabled_hypercalls >> KVM_HC_MAP_GPA_RANGE & 1:
+        return PSC_RESP_ERROR
+    attributes = KVM_MAP_GPA_RANGE_ENCRYPTED if operation == PRIVATE else 0
+    return HypercallExit(KVM_HC_MAP_GPA_RANGE, (gpa, 1, attributes))

@@ -1,0 +1,121 @@
+"""Page state change: a list of pages in the guest's shared memory, which userspace is to convert, range by range.
+
+Neighbours that want the same are one range. The list is read anew for each: the guest may change it, and where it is
+may have been converted itself; how far KVM has come is written into it.
+
+Source: arch/x86/kvm/svm/sev.c snp_begin_psc, snp_complete_one_psc; struct psc_buffer.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from guestmem.kvm.exits import HypercallExit
+from guestmem.kvm.guest_page import map_guest
+from guestmem.memory import PAGE_SHIFT, read_host, write_host
+from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED, KVM_MAP_GPA_RANGE_PAGE_SZ_2M
+
+if TYPE_CHECKING:
+    from guestmem.kvm.vm import Kvm
+
+_HEADER = struct.Struct("<HHI")  # cur_entry, end_entry, reserved
+_ENTRY = struct.Struct("<Q")  # cur_page 12, gfn 40, operation 4, pagesize 1
+MAX_COUNT = 253
+PRIVATE, SHARED = 1, 2
+ERROR_GENERIC, ERROR_INVALID_HDR, ERROR_INVALID_ENTRY = 0x100 << 32, 1 << 32 | 1, 1 << 32 | 2
+
+
+class Entry(NamedTuple):
+    """One page, of 4K or 2M; `done` of its 4K pages are done."""
+
+    gfn: int
+    operation: int
+    large: bool
+    done: int
+
+    @property
+    def pages(self) -> int:
+        return 512 if self.large else 1
+
+
+def unpack(value: int) -> Entry:
+    return Entry(value >> 12 & (1 << 40) - 1, value >> 52 & 0xF, bool(value >> 56 & 1), value & 0xFFF)
+
+
+def pack(entry: Entry) -> int:
+    return entry.done | entry.gfn << 12 | entry.operation << 52 | entry.large << 56
+
+
+class PageStateChange:
+    """One request, whose list is at `gpa`. `first` and `count` are the entries that userspace is busy with."""
+
+    def __init__(self, kvm: Kvm, gpa: int) -> None:
+        self.gpa = gpa
+        self.first = 0
+        self.count = 0
+        self._kvm = kvm
+
+    async def next(self) -> HypercallExit | int:
+        """The next range for userspace, or the code that the request ends with, 0 for success."""
+        if not self._kvm.enabled_hypercalls >> KVM_HC_MAP_GPA_RANGE & 1:
+            return ERROR_GENERIC
+        while True:
+            hva = await map_guest(self._kvm, self.gpa)
+            if hva is None:
+                return ERROR_GENERIC
+            current, end, _ = _HEADER.unpack(read_host(hva, _HEADER.size))
+            if end >= MAX_COUNT or self.gpa % 4096 + _HEADER.size + (end + 1) * _ENTRY.size > 4096:
+                return ERROR_INVALID_HDR
+            step = self._range(self._entries(hva, current, end), current)
+            if step is not None:
+                return step
+            self._mark(hva)  # of neither kind: passed over
+
+    async def complete(self, ret: int) -> HypercallExit | int:
+        """Userspace is done with a range."""
+        hva = await map_guest(self._kvm, self.gpa) if not ret else None
+        if hva is None:
+            return ERROR_GENERIC
+        self._mark(hva)
+        return await self.next()
+
+    def _entries(self, hva: int, current: int, end: int) -> list[Entry]:
+        at = hva + _HEADER.size
+        return [unpack(_ENTRY.unpack(read_host(at + 8 * n, 8))[0]) for n in range(current, end + 1)]
+
+    def _range(self, entries: list[Entry], current: int) -> HypercallExit | int | None:
+        """Of the first entry that is not done, and its neighbours."""
+        skipped = 0
+        for start in entries:
+            if start.done > start.pages or start.gfn % start.pages:
+                return ERROR_INVALID_ENTRY
+            if start.done < start.pages:
+                break
+            skipped += 1
+        else:
+            return 0
+        whole = not start.done
+        pages = start.pages - start.done
+        self.first, self.count = current + skipped, 1
+        for other in entries[skipped + 1 :]:
+            joins = whole and other.operation == start.operation and other.large == start.large and not other.done
+            if not joins or other.gfn != start.gfn + pages:
+                break
+            pages += other.pages
+            self.count += 1
+        if start.operation not in (PRIVATE, SHARED):
+            return None
+        attributes = KVM_MAP_GPA_RANGE_ENCRYPTED if start.operation == PRIVATE else 0
+        attributes |= KVM_MAP_GPA_RANGE_PAGE_SZ_2M if start.large else 0
+        return HypercallExit(KVM_HC_MAP_GPA_RANGE, (start.gfn + start.done << PAGE_SHIFT, pages, attributes))
+
+    def _mark(self, hva: int) -> None:
+        """Source: __snp_complete_one_psc."""
+        for index in range(self.first, self.first + self.count):
+            at = hva + _HEADER.size + 8 * index
+            entry = unpack(_ENTRY.unpack(read_host(at, 8))[0])
+            write_host(at, _ENTRY.pack(pack(entry._replace(done=entry.pages))))
+        _, end, reserved = _HEADER.unpack(read_host(hva, _HEADER.size))
+        write_host(hva, _HEADER.pack(self.first + self.count, end, reserved))
+        self.count = 0
