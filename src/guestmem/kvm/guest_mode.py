@@ -57,6 +57,12 @@ class GuestMode:
         """It moves with the identity."""
         return self.vcpu.kvm.machine.architecture
 
+    @property
+    def _may_be_requested(self) -> bool:
+        """Whether anybody can: another vCPU, or who takes its page. Else nothing can come between look and entry."""
+        pages = self.architecture.state_pages
+        return pages is not None and (len(self.vcpu.kvm.vcpus) > 1 or pages.gfn(self.number) is not None)
+
     async def run(self) -> Stop | FailEntryExit:
         """One slice, from inside the guest. Raises: Refusal EINVAL `run.no_vcpu`."""
         while self.number not in self.architecture.inside:
@@ -74,7 +80,8 @@ class GuestMode:
         if self.requested or self.vcpu.mp_state == KVM_MP_STATE_HALTED:
             self.entering = False
             return await self._update_or_block()
-        await self.vcpu.kvm.scheduler.preempt("request looked at, guest not entered")
+        if self._may_be_requested:
+            await self.vcpu.kvm.scheduler.preempt("request looked at, guest not entered")
         try:
             self.architecture.enter(self.number)
         except FirmwareError as error:

@@ -237,8 +237,8 @@ class TdxGuest:
         return 0 if in_use or block.order < 9 or td.op_state is not OpState.RUNNABLE else 9
 
     def make_private(self, gfn: int, block: Block) -> None:
-        """TDH.MEM.PAGE.AUG with the tables that it needs; the guest has to accept it. Before the TD is finalized KVM does
-        not, though the module would: what a guest begins with is added."""
+        """TDH.MEM.PAGE.AUG with the tables that it needs; the guest has to accept it. Before the TD is finalized KVM
+        does not, though the module would: what a guest begins with is added."""
         td = self._module.tds.get(self.tdr)
         found = td.sept.leaf(gfn) if td is not None else None
         if found is not None:
