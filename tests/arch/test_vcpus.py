@@ -12,6 +12,7 @@ from guestmem.arch.pkvm import PkvmPlatform
 from guestmem.arch.snp import SnpPlatform
 from guestmem.arch.snp.rmp import FIRST_OWN, State, Status
 from guestmem.arch.tdx import TdxPlatform
+from guestmem.arch.tdx.vcpus import TdxVcpus
 from tests.arch.memory import Pages
 
 REGISTERS = bytes(144)
@@ -117,6 +118,6 @@ def test_without_that_the_module_keeps_the_page(monkeypatch: pytest.MonkeyPatch)
     guest = _launched(platform)
     guest.make_private(GFN, pages.block())
     guest.enter(0)
-    monkeypatch.setattr(guest, "leave", lambda vcpu: None)
+    monkeypatch.setattr(TdxVcpus, "leave", lambda self, tdr, vcpu: None)
     with pytest.raises(FirmwareError, match="TDX_TLB_TRACKING_NOT_DONE"):
         guest.invalidate(GFN, 1)

@@ -166,18 +166,18 @@ async def _finalize_vm(call: _Call) -> None:
 async def _init_vcpu(call: _Call, vcpu: Vcpu) -> None:
     """What the guest finds in RCX, a word for its firmware, is not modelled."""
     call.check_flags()
-    if vcpu.number in call.guest.tdvprs:
+    if vcpu.number in call.guest.vcpus.tdvprs:
         raise Refusal(errno.EINVAL, "tdx_op.order", command=call.number, vcpu=vcpu.number)
     async with call.kvm.lock:
         try:
-            call.guest.init_vcpu(vcpu.number)
+            call.guest.vcpus.add(call.guest.tdr, vcpu.number)
         except TdxError as error:
             raise Refusal(errno.EIO, "tdx_op.init_vcpu", call=error.call, code=error.code) from error
 
 
 async def _init_mem_region(call: _Call, vcpu: Vcpu) -> None:
     """What was done is taken off the region, so that the client may call again for the rest."""
-    if vcpu.number not in call.guest.tdvprs:
+    if vcpu.number not in call.guest.vcpus.tdvprs:
         raise Refusal(errno.EINVAL, "tdx_op.order", command=call.number, vcpu=vcpu.number)
     call.check_flags(KVM_TDX_MEASURE_MEMORY_REGION)
     source, gpa, pages = tdx.MEM_REGION.unpack(await call.mm.copy_from_user(call.data, tdx.MEM_REGION.size))

@@ -85,7 +85,8 @@ class Vcpu:
             if not self.kvm.machine.architecture.launched:
                 await self._wait_for_launch()
             try:
-                exit_ = await self._complete_forwarded() or await self._run()
+                exit_ = await self._complete_forwarded() if self.forwarded else None
+                exit_ = exit_ or await self._run()
             finally:
                 if self.guest_mode is not None:
                     self.guest_mode.leave()
@@ -198,8 +199,7 @@ class Vcpu:
     async def _complete_forwarded(self) -> Exit | None:
         """Source: vcpu->arch.complete_userspace_io."""
         pending = self.unanswered
-        if not self.forwarded or not isinstance(pending, HypercallExit):
-            return None
+        assert isinstance(pending, HypercallExit)
         assert self.guest_mode is not None and self.guest_mode.calls is not None
         self.unanswered, self.forwarded = None, False
         return self._forward(await self.guest_mode.calls.complete(pending.ret))

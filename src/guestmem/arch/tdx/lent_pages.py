@@ -8,6 +8,9 @@ Source: arch/x86/virt/vmx/tdx/tdx.c tdx_pamt_get, tdx_pamt_put (dynamic PAMT v2)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from guestmem.arch.architecture import FirmwareError
 from guestmem.arch.tdx.memory_calls import MemoryCalls
 from guestmem.memory import ORDER_2M, Pfn
 
@@ -31,6 +34,16 @@ class LentPages:
         pfn = self._take()
         self.cover(pfn)
         return pfn
+
+    def lend(self, call: Callable[[Pfn], object]) -> None:
+        """A page for `call`; it comes back if the module refuses it."""
+        page = self.take()
+        try:
+            call(page)
+        except FirmwareError:
+            if self._module.pamt.find(page) is None:
+                self.give_back(page)
+            raise
 
     def give_back(self, pfn: Pfn) -> None:
         """A page that the module has given back."""

@@ -32,6 +32,7 @@ from guestmem.arch.tdx.pamt import PageType
 from guestmem.arch.tdx.parameters import DEFAULT_PARAMS, TdParams
 from guestmem.arch.tdx.status import TdxError
 from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_ROOT, OpState, Sept, Td
+from guestmem.arch.tdx.vcpus import TdxVcpus
 from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
 
@@ -111,8 +112,7 @@ class TdxGuest:
         self.generation = generation
         self.gfns: dict[Pfn, int] = {}
         self.tdr = Pfn(0)
-        self.tdvprs: dict[int, Pfn] = {}  # of each vCPU that was initialised, by its number
-        self.inside: set[int] = set()
+        self.vcpus = TdxVcpus(platform.module, platform.lent)
         self._platform = platform
         self._module = platform.module
         self._lent = platform.lent
@@ -146,7 +146,7 @@ class TdxGuest:
             for package in module.packages:
                 module.mng_key_config(tdr, package)
             for _ in range(TDCS_PAGES):
-                self._lend(lambda page: module.mng_addcx(tdr, page))
+                self._lent.lend(lambda page: module.mng_addcx(tdr, page))
             module.mng_init(tdr, parameters or DEFAULT_PARAMS)
         except FirmwareError:
             self.teardown()
@@ -177,48 +177,29 @@ class TdxGuest:
     def corrects(self, kind: int) -> bool:
         return False
 
-    def init_vcpu(self, number: int) -> None:
-        """KVM_TDX_INIT_VCPU: TDH.VP.CREATE and INIT. Raises: FirmwareError."""
-
-        def create(page: Pfn) -> None:
-            self._module.vp_create(self.tdr, page)
-            self._module.vp_init(self.tdr, page, number)
-            self.tdvprs[number] = page
-
-        self._lend(create)
-
     def finalize(self, vcpu_states: Mapping[int, bytes], parameters: bool | None = None) -> bytes:
         """KVM_TDX_FINALIZE_VM; before, unless `parameters` is true, KVM_TDX_INIT_VCPU of each that is without. What
         registers hold is not part of MRTD."""
-        for number in vcpu_states:
-            if not parameters and number not in self.tdvprs:
-                self.init_vcpu(number)
+        for vcpu in () if parameters else vcpu_states:
+            self.vcpus.add(self.tdr, vcpu)
         return self._module.mr_finalize(self.tdr)
 
-    # vCPUs, each on a logical CPU of its own, the one of its number
+    # vCPUs
+
+    @property
+    def inside(self) -> set[int]:
+        return self.vcpus.inside
 
     def enter(self, vcpu: int) -> None:
-        """TDH.VP.ENTER. A vCPU that was made after the launch has no TDVPR. Source: tdx_vcpu_pre_run, tdx_vcpu_run."""
-        tdvpr = self.tdvprs.get(vcpu)
-        if tdvpr is None:
-            raise FirmwareError("TDH.VP.ENTER", "VCPU_TD_STATE_UNINITIALIZED", no_vcpu=True)
-        self._module.vp_enter(self.tdr, tdvpr, vcpu)
-        self.inside.add(vcpu)
+        self.vcpus.enter(self.tdr, vcpu)
 
     def leave(self, vcpu: int) -> None:
-        """A TD exit."""
-        if vcpu in self.inside:
-            self._module.vp_exit(self.tdr, self.tdvprs[vcpu])
-            self.inside.remove(vcpu)
+        self.vcpus.leave(self.tdr, vcpu)
 
     def _track(self) -> None:
-        """TDH.MEM.TRACK, if vCPUs may run, and whoever is inside leaves: it may hold what the last epoch mapped.
-        Source: tdx_track."""
-        if self.td.op_state is not OpState.RUNNABLE:
-            return
-        self._module.mem_track(self.tdr)
-        for vcpu in list(self.inside):
-            self.leave(vcpu)
+        """If vCPUs may run."""
+        if self.td.op_state is OpState.RUNNABLE:
+            self.vcpus.track(self.tdr)
 
     # Pages
 
@@ -398,7 +379,7 @@ class TdxGuest:
         self._reclaim_page(td.tdr)
         del self._platform.guests[td.tdr]
         self.gfns.clear()
-        self.tdvprs.clear()
+        self.vcpus.tdvprs.clear()
         self.tdr = Pfn(0)
 
     def _reclaim_page(self, pfn: Pfn, hva: int = 0) -> None:
@@ -411,26 +392,13 @@ class TdxGuest:
 
     # Parts
 
-    def _lend(self, call: Callable[[Pfn], object]) -> None:
-        """Lend the module a page for `call`; it comes back if the call refuses it."""
-        page = self._lent.take()
-        try:
-            call(page)
-        except FirmwareError:
-            if self._module.pamt.find(page) is None:
-                self._lent.give_back(page)
-            raise
-
     def _add_tables(self, gfn: int, level: int) -> None:
         """TDH.MEM.SEPT.ADD for each table missing above an entry of `level`."""
         td = self._module.tds.get(self.tdr)
         for above in range(LEVEL_ROOT, level, -1):
             if td is not None and td.sept.get(gfn, above) is None:
                 start = gfn >> 9 * above << 9 * above
-                self._lend(functools.partial(self._add_table, start, above))
-
-    def _add_table(self, gfn: int, level: int, page: Pfn) -> None:
-        self._module.mem_sept_add(self.tdr, gfn, level, page)
+                self._lent.lend(functools.partial(self._module.mem_sept_add, self.tdr, start, above))
 
     def _leaves(self, gfn: int, pages: int) -> Iterable[tuple[int, int]]:
         """The leaves over some frames: first frame and level. Looks at the fewer: frames, or what the TD has."""
