@@ -194,9 +194,9 @@ class GuestArchitecture(Protocol):
         ...
 
     def invalidate(self, gfn: int, pages: int) -> None:
-        """The private leaves over these frames were removed, no vCPU maps them. TDX: block, track, remove. Nothing to
-        do for frames that have none. Not for a conversion, of which `make_shared` does this too, when all others could
-        unmap. Raises: FirmwareError, and the first frame that failed as its fact `gfn`."""
+        """The private leaves over these frames were removed, no vCPU maps them, and the pages stay in the file. TDX:
+        block, track, remove. Nothing to do for frames that have none; make_shared and reclaim do this themselves.
+        Raises: FirmwareError, and the first frame that failed as its fact `gfn`."""
         ...
 
     def split(self, gfn: int, order: int) -> None:

@@ -10,7 +10,7 @@ from guestmem.kvm import vcpu
 from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_from
 from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.set_region import set_user_memory_region2
-from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, VmType
+from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD
 from guestmem.uapi.structs import LinkGuestMemfd, UserspaceMemoryRegion2
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Call = Coroutine[Any, Any, object]
 def second_view(m: Machine, gmem: Gmem, gpa: int = 0) -> Vm:
     """A helper of the first VM with a view of its own of the inode, bound as its slot 0 at `gpa`. The view lives as
     long as its descriptor."""
-    vm = m.create_vm(VmType.SW_PROTECTED)
+    vm = m.create_vm(m.vm().kvm.vm_type)
     vm.copy_enc_context_from(m.vm())
     vm.set_memory_region(0, gpa, gmem.inode.size, gmem=vm.link_guest_memfd(gmem))
     return vm

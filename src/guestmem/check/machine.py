@@ -63,6 +63,9 @@ class Machine(Host):
     script_engine: ClassVar[ScriptEngine] = ScriptedEngine
     """What executes the scripts of guests."""
 
+    protected = VmType.SNP
+    """The type of protected VMs in scenarios that are about any of them."""
+
     def __init__(self, *, level: AbiLevel = FUTURE, failures: int = 0, lifetime: Lifetime = Lifetime.BINDING) -> None:
         self._arena = _arenas.pop() if _arenas else Arena()
         self._script: list[Step] = []

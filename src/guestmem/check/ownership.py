@@ -54,11 +54,25 @@ def _is_bound(world: World, inode: Inode, index: PageIndex, owner: Owner) -> boo
     machine = inode.owner
     if owner.gfn is None or not isinstance(machine, VirtualMachine) or machine.lifetime is not Lifetime.BINDING:
         return True
-    for context in contexts(world):
-        slot = context.binding_at(index) if context.inode is inode else None
-        if slot is not None and slot.gfns.start + index - slot.pages.start == owner.gfn:
-            return True
-    return False
+    return owner.gfn in _frames(world, inode, index)
+
+
+def _frames(world: World, inode: Inode, index: PageIndex) -> list[int]:
+    """Where bindings have a page."""
+    slots = ((context.binding_at(index), context) for context in contexts(world) if context.inode is inode)
+    return [slot.gfns.start + index - slot.pages.start for slot, _ in slots if slot is not None]
+
+
+def strayed(world: World) -> Iterator[str]:
+    """S9 in its strict form, whatever the policy: how entries differ from the bindings of their pages."""
+    places = _places(world)
+    for pfn, owner in owned_pages(world):
+        inode, index = places.get(pfn, (None, PageIndex(0)))
+        if inode is None or inode.users.open or index in inode.unmap_failed or owner.gfn is None:
+            continue
+        frames = _frames(world, inode, index)
+        if owner.gfn not in frames:
+            yield "stale address" if frames else "not bound"
 
 
 def _leaves_of_others(world: World) -> Iterator[str]:

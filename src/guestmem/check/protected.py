@@ -19,8 +19,9 @@ from guestmem.uapi.kvm import KVM_MP_STATE_HALTED, VmType
 POLICY = 1 << 17
 
 
-def launched(m: Machine, vm_type: VmType = VmType.SNP) -> Vm:
+def launched(m: Machine, vm_type: VmType | None = None) -> Vm:
     """The first VM, of a protected type, past its launch when the actors begin: with all vCPUs that there are then."""
+    vm_type = vm_type or m.protected
     vm = m.vm(vm_type)
     vm.launch.start()
     m.before_start.append(vm.launch.finish)
@@ -28,11 +29,18 @@ def launched(m: Machine, vm_type: VmType = VmType.SNP) -> Vm:
 
 
 def launched_gmem(
-    m: Machine, pages: int = 1, vm_type: VmType = VmType.SNP, *, init_shared: bool = False, order: int = 0
+    m: Machine, pages: int = 1, vm_type: VmType | None = None, *, init_shared: bool = False, order: int = 0
 ) -> Gmem:
     """A file of such a VM, bound as slot 0 at 0."""
     launched(m, vm_type)
     return m.gmem(pages, init_shared=init_shared, order=order)
+
+
+def used_gmem(m: Machine) -> Gmem:
+    """The same, of one page in which the guest has stored a 7."""
+    gmem = launched_gmem(m)
+    m.beforehand(m.guest(Store(0, 7)))
+    return gmem
 
 
 def life(m: Machine, vm_type: VmType) -> tuple[Call, ...]:

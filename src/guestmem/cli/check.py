@@ -18,6 +18,7 @@ from guestmem.check import report, story, witness
 from guestmem.check.choices import Schedule, parse
 from guestmem.check.cluster import DaskPool
 from guestmem.check.explore import VIOLATED, Result
+from guestmem.check.lifetimes import report as report_of_lifetimes
 from guestmem.check.plan import Plan
 from guestmem.check.pool import LocalPool, Pool
 from guestmem.check.scenario import built_in, find
@@ -33,6 +34,14 @@ class Format(StrEnum):
     text = "text"
     tap = "tap"
     json = "json"
+
+
+class LifetimeName(StrEnum):
+    """The values of arch.Lifetime."""
+
+    binding = "binding"
+    folio = "folio"
+    vm = "vm"
 
 
 class StrategyName(StrEnum):
@@ -54,6 +63,12 @@ def check(
     strategy: Annotated[StrategyName, typer.Option(help="In which order schedules are tried.")] = StrategyName.states,
     preemptions: Annotated[int | None, typer.Option(help="At most so many, in place of the scenario's bound.")] = None,
     failures: Annotated[int | None, typer.Option(help="At most so many steps fail, instead of the scenario's.")] = None,
+    lifetime: Annotated[
+        LifetimeName, typer.Option(help="How long pages stay the guest's; another policy than the usual.")
+    ] = LifetimeName.binding,
+    lifetimes: Annotated[
+        bool, typer.Option("--lifetimes", help="Compare the policies of lifetime, as tables, and leave.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="For random strategies.")] = 0,
     executions: Annotated[int, typer.Option(help="Stop a scenario after so many.")] = 10_000_000,
     seconds: Annotated[float, typer.Option(help="Stop a scenario after so long.")] = 600.0,
@@ -76,7 +91,11 @@ def check(
     format_: Annotated[Format, typer.Option("--format", help="Of what is written to the output.")] = Format.text,
 ) -> None:
     """Explore every interleaving within each scenario's bound. Exit 0: no violation; 1: a violation; 4: nothing run."""
-    options = Options(strategy.value, preemptions, failures, seed, executions, seconds, max_states)
+    if lifetimes:
+        typer.echo(report_of_lifetimes())
+        return
+    policy = "" if lifetime is LifetimeName.binding else lifetime.value
+    options = Options(strategy.value, preemptions, failures, seed, executions, seconds, max_states, policy)
     try:
         wanted = _scenarios(names or [])
         if mutant:
@@ -214,6 +233,8 @@ class Show:
         parts = ["guestmem check", file or scenario, f"--schedule '{schedule.token()}'"]
         if self.mutant:
             parts.append(f"--mutant {self.mutant}")
+        if self.options.lifetime:
+            parts.append(f"--lifetime {self.options.lifetime}")
         if self.options.failures is not None:
             parts.append(f"--failures {self.options.failures}")
         return " ".join(parts)

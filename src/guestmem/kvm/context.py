@@ -61,8 +61,6 @@ class KvmGmemContext:
             has_tables = self.kvm.machine.architecture.has_tables
             if has_tables and Access.PRIVATE in invalidation.accesses and self.is_owners:
                 await state_page.reload(self.kvm, ranges)
-                if invalidation.reason is not Reason.CONVERT_TO_SHARED:
-                    protection.invalidate(self, ranges)
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
         if self._overlapping(invalidation.pages):
@@ -76,6 +74,12 @@ class KvmGmemContext:
         """The file pages behind frames that one binding shows."""
         slot = next(slot for slot in self.bindings if slot.gfns.covers(gfns))
         return Range(slot.index_of(gfns.start), PageIndex(slot.index_of(gfns.start) + gfns.pages))
+
+    def frames_shared_with(self, slot: MemorySlot) -> list[Range[Gfn]]:
+        """The frames at which a slot of another view, and one of this, show the same pages."""
+        distance = slot.gfns.start - slot.pages.start
+        same = (mine for mine in self._overlapping(slot.pages) if mine.gfns.start - mine.pages.start == distance)
+        return [gfns for mine in same if (gfns := mine.gfns_of(slot.pages))]
 
     # From KVM to memory: faults
 
@@ -155,6 +159,7 @@ class KvmGmemContext:
             everything = Invalidation(Range(PageIndex(0), PageIndex(self.inode.pages)), Reason.RELEASE, BOTH)
             await self.invalidate_begin(everything)
             ranges = self.gfns_of(everything.pages)
+            protection.unmapped(self, self.bindings)
             for slot in list(self.bindings):
                 self._erase(slot)
             if ranges:

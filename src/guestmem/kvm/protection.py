@@ -1,9 +1,10 @@
 """KVM tells the architecture when pages change hands, so that guest_memfd need not know that there is one (R10).
 
     guest fault       make_private, under mmu_lock, before the leaf is installed
-    invalidation      private leaves go: invalidate (in each view), but not for a conversion; then pages are given
-                      back, once an inode: make_shared for a conversion, reclaim for pages that leave the file
-    memslot deletion  by the policy of lifetime: reclaim what the binding showed, or nothing
+    invalidation      when every view has zapped, once an inode: make_shared for a conversion, reclaim for pages that
+                      leave the file, invalidate for poison
+    memslot deletion  invalidate of what no other view shows; then by the policy of lifetime: reclaim what the binding
+                      showed, or nothing
     end of the VM     teardown
 
 What gives pages back is a user of the inode like any other, told after all those that may map. It belongs to the
@@ -16,8 +17,8 @@ Source: kvm_gmem_prepare_folio, kvm_gmem_free_folio; in-place v8, make_private, 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, cast
 
 from guestmem.arch import Block, FirmwareError, Lifetime
 from guestmem.kvm.addresses import Gfn
@@ -57,7 +58,7 @@ class Ownership:
         self.registration = inode.register(self, last=True)
 
     async def invalidate_begin(self, invalidation: Invalidation) -> None:
-        """Poison leaves a page where it is, and pages become private when they are first used."""
+        """Poison takes a page out of the guest and leaves it in the file; pages become private when first used."""
         if invalidation.reason is Reason.CONVERT_TO_SHARED:
             found = list(blocks(self.inode, invalidation.pages))
             try:
@@ -66,6 +67,9 @@ class Ownership:
                 raise UnmapFailed(_pages_of(error, found), str(error)) from error
         elif invalidation.reason in (Reason.TRUNCATE, Reason.RELEASE):
             reclaim(self.inode, invalidation.pages)
+        elif invalidation.reason is Reason.POISON:
+            for view in _views(self.inode):
+                _invalidate(view, view.gfns_of(invalidation.pages))
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:
         """Nothing waits for it."""
@@ -150,10 +154,27 @@ def check_guest_access(kvm: Kvm, leaf: Leaf, gfn: Gfn, write: bool) -> None:
         raise Refusal(errno.EFAULT, "arch.guest_access", gpa=gfn << PAGE_SHIFT, pfn=pfn)
 
 
-def invalidate(context: KvmGmemContext, ranges: list[Range[Gfn]]) -> None:
-    """Private leaves over these frames were zapped, and not for a conversion, of which this is a part of make_shared:
-    removing a leaf may destroy the page (TDX, CCA), so that comes when all users could unmap. A page that the
-    architecture keeps is bad."""
+def _views(inode: Inode) -> list[KvmGmemContext]:
+    users = (registration.user for registration in inode.users.registrations)
+    return [cast("KvmGmemContext", user) for user in users if hasattr(user, "binding_at")]
+
+
+def unmapped(context: KvmGmemContext, slots: Iterable[MemorySlot]) -> None:
+    """Slots go, and their private leaves were zapped: so the architecture's own leaves go too, but where another view
+    shows the same pages at the same frames, and may have mapped them. A page that the architecture keeps is bad."""
+    if not context.kvm.machine.architecture.has_tables or not context.is_owners:
+        return
+    others = [view for view in _views(context.inode) if view is not context]
+    for slot in slots:
+        shown = [gfns for view in others for gfns in view.frames_shared_with(slot)]
+        start = slot.gfns.start
+        for gfns in [*sorted(shown, key=lambda gfns: gfns.start), Range(slot.gfns.end, slot.gfns.end)]:
+            if start < gfns.start:
+                _invalidate(context, [Range(start, gfns.start)])
+            start = max(start, gfns.end)
+
+
+def _invalidate(context: KvmGmemContext, ranges: list[Range[Gfn]]) -> None:
     architecture = context.kvm.machine.architecture
     for gfns in ranges:
         start = gfns.start
@@ -175,11 +196,7 @@ def unbound(context: KvmGmemContext, slot: MemorySlot) -> None:
         return
     if not machine.architecture.has_tables or context.inode.destroyed:
         return
-    others = [
-        registration.user
-        for registration in context.inode.users.registrations
-        if registration.user is not context and hasattr(registration.user, "binding_at")
-    ]
+    others = [view for view in _views(context.inode) if view is not context]
     start = slot.pages.start
     for index in range(slot.pages.start, slot.pages.end + 1):
         here = PageIndex(index)

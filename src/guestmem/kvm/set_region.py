@@ -177,8 +177,8 @@ async def _retire(kvm: Kvm, slot: MemorySlot) -> None:
     await state_page.reload(kvm, [slot.gfns])
     async with kvm.stage2.mmu_lock:
         kvm.stage2.zap(slot.gfns, BOTH)
-        if slot.context is not None and kvm.machine.architecture.has_tables and slot.context.is_owners:
-            protection.invalidate(slot.context, [slot.gfns])
+        if slot.context is not None:
+            protection.unmapped(slot.context, [slot])
 
 
 async def _bind(kvm: Kvm, files: OpenFiles, slot: MemorySlot, region: Region, leftover: list[File]) -> None:

@@ -55,7 +55,8 @@ class ManagementCalls:
         fails: Callable[[str], bool] | None = None,
     ) -> None:
         self.packages = range(packages)
-        self.kot = {hkid: Key() for hkid in range(1, hkids + 1)}
+        self.hkids = range(1, hkids + 1)
+        self.kot: dict[int, Key] = {}  # of HKIDs that are not free
         self.pamt = Pamt(dynamic_pamt)
         self.tds: dict[Pfn, Td] = {}
         self.poisoned: set[Pfn] = set()  # written through another key: a read through the TD's is a machine check
@@ -68,12 +69,13 @@ class ManagementCalls:
         call = "TDH.MNG.CREATE"
         self._busy(call, Operand.RCX)
         self.pamt.check_free(call, tdr, 0, Operand.RCX)
-        key = self.kot.get(hkid)
-        if key is None:
+        key = self.kot.get(hkid, Key())
+        if hkid not in self.hkids:
             raise TdxError(call, Status.OPERAND_INVALID, Operand.RDX, hkid=hkid)
         if key.state is not KeyState.FREE:
             raise TdxError(call, Status.HKID_NOT_FREE, hkid=hkid, state=key.state.value)
         key.state = KeyState.ASSIGNED
+        self.kot[hkid] = key
         self.pamt.set(tdr, PamtEntry(PageType.TDR, tdr))
         td = self.tds[tdr] = Td(tdr, hkid)
         return td
@@ -120,7 +122,7 @@ class ManagementCalls:
         key = self.kot[td.hkid]
         if key.unflushed:
             raise TdxError(call, Status.WBCACHE_NOT_COMPLETE, packages=len(key.unflushed))
-        key.state = KeyState.FREE
+        del self.kot[td.hkid]
         td.lifecycle = Lifecycle.TEARDOWN
 
     # Its control structures

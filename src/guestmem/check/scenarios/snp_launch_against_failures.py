@@ -18,7 +18,7 @@ from guestmem.uapi.kvm import VmType
     },
 )
 def snp_launch_against_failures(m: Machine) -> None:
-    """No context stays in firmware, no page with a guest that is not; what firmware keeps is no use (S8, S10, L3)."""
+    """No context stays in firmware, no page with a guest that is not; what firmware keeps serves nobody (S8, L3)."""
     vm = m.vm(VmType.SNP)
     m.gmem(init_shared=False)
     guest = m.guest(Store(0, 1))
