@@ -39,6 +39,13 @@ def test_json_is_as_documented() -> None:
     assert (limited["verdict"], limited["executions"]) == ("limit", 2)
 
 
+def test_failures_in_place_of_the_scenarios_own() -> None:
+    """A scenario that needs one to refuse anything has nothing to refuse with none."""
+    none = check("convert_without_memory", "--failures", "0")
+    assert "never in any schedule: convert: convert.nomem" in none.output, none.output
+    assert check("convert_against_pin", "--failures", "1").exit_code == 0
+
+
 def test_a_violation_is_exit_1_with_a_story_and_a_command_that_replays_it() -> None:
     done = check("convert_against_pin", "--mutant", B24)
     assert done.exit_code == 1

@@ -68,7 +68,7 @@ class Ownership:
         elif invalidation.reason in (Reason.TRUNCATE, Reason.RELEASE):
             reclaim(self.inode, invalidation.pages)
         elif invalidation.reason is Reason.POISON:
-            for view in _views(self.inode):
+            for view in filter(lambda view: view.is_owners, _views(self.inode)):
                 _invalidate(view, view.gfns_of(invalidation.pages))
 
     async def invalidate_end(self, invalidation: Invalidation) -> None:

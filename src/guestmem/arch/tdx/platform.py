@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 
 from guestmem.arch.architecture import (
     UNDEFINED,
@@ -25,14 +24,14 @@ from guestmem.arch.architecture import (
     Outcome,
     Owner,
 )
+from guestmem.arch.tdx.leaves import TdLeaves
 from guestmem.arch.tdx.lent_pages import LentPages
 from guestmem.arch.tdx.manage import TDCS_PAGES
 from guestmem.arch.tdx.memory_calls import MemoryCalls
 from guestmem.arch.tdx.pamt import PageType
 from guestmem.arch.tdx.parameters import DEFAULT_PARAMS, TdParams
 from guestmem.arch.tdx.status import TdxError
-from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_ROOT, OpState, Sept, Td
-from guestmem.arch.tdx.vcpus import TdxVcpus
+from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_ROOT, OpState, Sept
 from guestmem.cpu.engine import PageBit
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
 
@@ -99,8 +98,8 @@ class TdxPlatform:
         return _ZEROS if self.owner(pfn) is not None else read_host(hva, PAGE_SIZE)
 
 
-class TdxGuest:
-    """A TD. It exists from `start` on; `number` is its HKID. `gfns` has where each leaf is, by its first page."""
+class TdxGuest(TdLeaves):
+    """A TD. It exists from `start` on; `number` is its HKID."""
 
     has_tables = True
     page_bit = SHARED_BIT
@@ -108,24 +107,15 @@ class TdxGuest:
     has_vcpus = True
 
     def __init__(self, platform: TdxPlatform, number: int, generation: int) -> None:
+        super().__init__(platform.module, platform.lent)
         self.number = number
         self.generation = generation
-        self.gfns: dict[Pfn, int] = {}
-        self.tdr = Pfn(0)
-        self.vcpus = TdxVcpus(platform.module, platform.lent)
         self._platform = platform
-        self._module = platform.module
-        self._lent = platform.lent
 
     @property
     def launched(self) -> bool:
         td = self._module.tds.get(self.tdr)
         return td is not None and td.op_state is OpState.RUNNABLE
-
-    @property
-    def td(self) -> Td:
-        """What the module knows of it, once it exists."""
-        return self._module.tds[self.tdr]
 
     # Launch
 
@@ -196,11 +186,6 @@ class TdxGuest:
     def leave(self, vcpu: int) -> None:
         self.vcpus.leave(self.tdr, vcpu)
 
-    def _track(self) -> None:
-        """If vCPUs may run."""
-        if self.td.op_state is OpState.RUNNABLE:
-            self.vcpus.track(self.tdr)
-
     # Pages
 
     def leaf_order(self, gfn: int, block: Block) -> int:
@@ -269,56 +254,6 @@ class TdxGuest:
         """Nothing, after the zap; pages that no leaf of KVM's ever showed are removed now."""
         for gfn, pages in self._frames(block):
             self.invalidate(gfn, pages)
-
-    def invalidate(self, gfn: int, pages: int) -> None:
-        """TDH.MEM.RANGE.BLOCK, TDH.MEM.TRACK, TDH.MEM.PAGE.REMOVE of each leaf. One that sticks out is demoted first. A
-        leaf whose removal fails stays blocked, and its page the TD's; the others go."""
-        failed: FirmwareError | None = None
-        self._demote_what_sticks_out(gfn, pages)
-        for at, level in list(self._leaves(gfn, pages)):
-            try:
-                self._block(at, level)
-                self._page_remove(at, level)
-            except FirmwareError as error:
-                error.facts.setdefault("gfn", at)
-                failed = failed or error
-        if failed is not None:
-            raise failed
-
-    def split(self, gfn: int, order: int) -> None:
-        """TDH.MEM.PAGE.DEMOTE of the blocked and tracked leaf."""
-        level = order // 9
-        self._block(gfn, level)
-        pair = self._lent.pair() if level == LEVEL_2M else None
-        page = self._lent.take()
-        entry = self._module.tds[self.tdr].sept.get(gfn, level)
-        try:
-            self._module.mem_page_demote(self.tdr, gfn, level, page, pair)
-        except FirmwareError:
-            self._lent.give_back(page)
-            self._lent.take_back(pair)
-            raise
-        assert entry is not None
-        del self.gfns[entry.pfn]
-        for part in range(512):
-            step = part << order - 9
-            self.gfns[Pfn(entry.pfn + step)] = gfn + step
-
-    def merge(self, gfn: int, order: int) -> None:
-        """TDH.MEM.PAGE.PROMOTE of the blocked and tracked table."""
-        level = order // 9
-        parts = self._module.tds[self.tdr].sept.children(gfn, level)
-        self._block(gfn, level)
-        try:
-            page, pair = self._module.mem_page_promote(self.tdr, gfn, level)
-        except FirmwareError:
-            self._module.mem_range_unblock(self.tdr, gfn, level)
-            raise
-        self._lent.give_back(page)
-        self._lent.take_back(pair)
-        for part in parts.values():
-            del self.gfns[part.pfn]
-        self.gfns[parts[min(parts)].pfn] = gfn
 
     def check_access(self, gfn: int, pfn: Pfn, order: int, write: bool) -> bool:
         td = self._module.tds.get(self.tdr)
@@ -400,20 +335,6 @@ class TdxGuest:
                 start = gfn >> 9 * above << 9 * above
                 self._lent.lend(functools.partial(self._module.mem_sept_add, self.tdr, start, above))
 
-    def _leaves(self, gfn: int, pages: int) -> Iterable[tuple[int, int]]:
-        """The leaves over some frames: first frame and level. Looks at the fewer: frames, or what the TD has."""
-        td = self._module.tds.get(self.tdr)
-        if td is None:
-            return
-        for level in range(LEVEL_ROOT):
-            first, last = gfn >> 9 * level, gfn + pages - 1 >> 9 * level
-            entries = td.sept.levels[level]
-            few = range(first, last + 1) if last - first < len(entries) else sorted(entries)
-            for index in few:
-                entry = entries.get(index)
-                if entry is not None and first <= index <= last and entry.state.leaf:
-                    yield index << 9 * level, level
-
     def _frames(self, block: Block) -> list[tuple[int, int]]:
         """Where pages of the block are in this TD: first frame and how many, run by run."""
         runs: list[tuple[int, int]] = []
@@ -428,34 +349,3 @@ class TdxGuest:
             else:
                 runs.append((owner.gfn, 1))
         return runs
-
-    def _demote_what_sticks_out(self, gfn: int, pages: int) -> None:
-        for at, level in list(self._leaves(gfn, pages)):
-            if level and not gfn <= at <= at + (1 << 9 * level) <= gfn + pages:
-                self.split(at, 9 * level)
-
-    def _block(self, gfn: int, level: int) -> None:
-        """Block and track an entry, if vCPUs may run."""
-        self._range_block(gfn, level)
-        self._track()
-
-    def _range_block(self, gfn: int, level: int) -> None:
-        entry = self.td.sept.get(gfn, level)
-        if self.td.op_state is OpState.RUNNABLE and (entry is None or not entry.state.blocked):
-            self._module.mem_range_block(self.tdr, gfn, level)
-
-    def _unblock(self, leaves: Iterable[tuple[int, int]]) -> None:
-        """The entries are as they were before they were blocked. One that cannot be is when the guest next needs it."""
-        blocked = [leaf for leaf in leaves if (entry := self.td.sept.get(*leaf)) is not None and entry.state.blocked]
-        with suppress(FirmwareError):
-            self._track() if blocked else None
-            for gfn, level in blocked:
-                self._module.mem_range_unblock(self.tdr, gfn, level)
-
-    def _page_remove(self, gfn: int, level: int) -> None:
-        entry = self.td.sept.get(gfn, level)
-        assert entry is not None
-        self._module.mem_page_remove(self.tdr, gfn, level)
-        write_host(entry.hva, bytes(PAGE_SIZE << 9 * level))  # tdx_quirk_reset_page: written whole, with key 0
-        del self.gfns[entry.pfn]
-        self._lent.uncover(entry.pfn)
