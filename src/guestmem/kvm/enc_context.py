@@ -86,6 +86,7 @@ async def _move(kvm: Kvm, source: Kvm) -> None:
     async with source.stage2.mmu_lock:
         source.stage2.window.sequence.bump()
         source.stage2.zap(Range(Gfn(0), Gfn(source.attributes.count)), BOTH)
+        source.kick_vcpus()
         kvm.machine, source.machine = source.machine, kvm.machine
         for each in (kvm, source):
             for vcpu in each.vcpus.values():
@@ -93,6 +94,7 @@ async def _move(kvm: Kvm, source: Kvm) -> None:
         if source.mirror_of is not None:
             owner, source.mirror_of = source.mirror_of, None
             kvm.mirror_of = owner
+            kvm.helper_number, source.helper_number = source.helper_number, 0
             owner.mirrors[owner.mirrors.index(source)] = kvm
         if kvm.tracer.enabled:
             kvm.tracer.emit(event.KvmMoveEncContext(kvm.number, source.number, *kvm.machine.identity))
@@ -118,6 +120,8 @@ async def copy_enc_context_from(kvm: Kvm, files: OpenFiles, source_fd: int) -> N
             source.get()
             kvm.mirror_of = source
             source.mirrors.append(kvm)
+            source.machine.helpers += 1
+            kvm.helper_number = source.machine.helpers
             unused, kvm.machine = kvm.machine, source.machine
             kvm.machine.get()
             unused.put()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from guestmem.arch import GuestArchitecture
     from guestmem.kvm.vcpu import Vcpu
 
+_VCPU_BITS = 16  # more than KVM_MAX_VCPU_IDS
 _NO_EXIT = (SliceOver, Pvalidate, Rmpadjust)
 
 
@@ -43,7 +44,6 @@ class GuestMode:
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
-        self.number = vcpu.number if vcpu.kvm.mirror_of is None else ~vcpu.number
         self.entering = False
         self.requested = False
         self.waiting_for_reset = False
@@ -51,6 +51,12 @@ class GuestMode:
         self.state_loaded = True
         new_calls = GUEST_CALLS.get(vcpu.kvm.vm_type)
         self.calls = new_calls(vcpu) if new_calls is not None else None
+
+    @property
+    def number(self) -> int:
+        """Its name to the architecture: no other vCPU of the identity has it, of whichever struct kvm. It is that of
+        the vCPU which has the same number in the struct kvm that the identity moves to."""
+        return self.vcpu.number | self.vcpu.kvm.helper_number << _VCPU_BITS
 
     @property
     def architecture(self) -> GuestArchitecture:

@@ -95,6 +95,7 @@ class VirtualMachine:
         self.architecture = platform.new_guest(*self.identity)
         self.lifetime = lifetime
         self.encryption_initialised = False
+        self.helpers = 0  # that there ever were
         self.references = RefCount(scheduler, f"virtual machine {self.identity.generation}")
         self._pool = pool
 

@@ -77,12 +77,13 @@ async def launch_finish(kvm: Kvm, parameters: Any = None) -> bytes:
     kvm.check_alive()
     async with kvm.lock:
         _check_launching(kvm)
-        if kvm.created_vcpus != len(kvm.vcpus):
-            raise Refusal(errno.EBUSY, "launch.vcpu_creation", created=kvm.created_vcpus, online=len(kvm.vcpus))
+        for each in (kvm, *kvm.mirrors):
+            if each.created_vcpus != len(each.vcpus):
+                raise Refusal(errno.EBUSY, "launch.vcpu_creation", created=each.created_vcpus, online=len(each.vcpus))
         async with all_vcpus(kvm):
             kvm.finishing = kvm.scheduler.current
             try:
-                states = {number: _state(kvm.vcpus[number]) for number in sorted(kvm.vcpus)}
+                states = {vcpu.guest_mode.number: _state(vcpu) for vcpu in _vcpus(kvm) if vcpu.guest_mode is not None}
                 await kvm.scheduler.preempt("vCPU state read, launch not finished")
                 return kvm.machine.architecture.finalize(states, parameters)
             except FirmwareError as error:
@@ -98,12 +99,17 @@ def correct(source: PinnedPage, contents: bytes) -> None:
 
 
 def all_vcpus(kvm: Kvm) -> AbstractAsyncContextManager[None]:
-    """Every vcpu->mutex: nobody runs a vCPU or sets its registers. Source: kvm_lock_all_vcpus."""
-    mutexes = [vcpu.mutex for vcpu in kvm.vcpus.values()]
+    """Every vcpu->mutex of the identity: nobody runs a vCPU or sets its registers. Source: kvm_lock_all_vcpus."""
+    mutexes = [vcpu.mutex for vcpu in _vcpus(kvm)]
     killed = Refusal(errno.EINTR, "launch.killed", vm=kvm.number)
     if not mutexes:
         return nullcontext()
     return AllOf(kvm.scheduler, mutexes, f"every vcpu->mutex vm {kvm.number}", on_kill=killed)
+
+
+def _vcpus(kvm: Kvm) -> list[Vcpu]:
+    """Those of helpers too, which run under the same identity."""
+    return [each.vcpus[number] for each in (kvm, *kvm.mirrors) for number in sorted(each.vcpus)]
 
 
 def _check_launching(kvm: Kvm) -> None:

@@ -146,6 +146,7 @@ class Kvm:
         self.preserved = False  # for a live update: the identity stays where it is
         self.mirror_of: Kvm | None = None
         self.mirrors: list[Kvm] = []
+        self.helper_number = 0  # among the identity's struct kvm: 0 the owner's
         self.enabled_hypercalls = 0
         self.io_devices: list[IoDevice] = []
         self.irqchip: dict[int, bytes] | None = None  # KVM_CREATE_IRQCHIP; saved state by chip
@@ -286,6 +287,12 @@ class Kvm:
         self.destroyed = True
         self.machine.put()
 
+    def kick_vcpus(self) -> None:
+        """Nobody is inside the guest. Source: kvm_make_all_cpus_request."""
+        for vcpu in self.vcpus.values():
+            if vcpu.guest_mode is not None:
+                vcpu.guest_mode.kick()
+
     def check(self) -> None:
         """S5, S6 and the counters of windows, at a quiet moment."""
         for slot in self.memslots.by_gfn:
@@ -299,8 +306,7 @@ class Kvm:
         return self.machine.architecture.check_access(gfn, pfn, order, write)
 
     def _flush_tlbs(self) -> None:
-        """And nobody stays inside meanwhile. Source: kvm_flush_remote_tlbs, kvm_make_all_cpus_request."""
+        """And nobody stays inside meanwhile. Source: kvm_flush_remote_tlbs."""
         for vcpu in self.vcpus.values():
             vcpu.engine.flush_tlb()
-            if vcpu.guest_mode is not None:
-                vcpu.guest_mode.kick()
+        self.kick_vcpus()

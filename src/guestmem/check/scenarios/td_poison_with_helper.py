@@ -15,7 +15,7 @@ def td_poison_with_helper(m: Machine) -> None:
     """When all views have been told the page is out of the TD's one table (S3, S19)."""
     gmem = launched_gmem(m, vm_type=VmType.TDX)
     helper = second_view(m, gmem)
-    m.run(m.guest(Store(0, 7)))
+    m.beforehand(m.guest(Store(0, 7)))
 
     async def fail() -> None:
         await m.poison(gmem)
