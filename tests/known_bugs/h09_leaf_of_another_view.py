@@ -6,6 +6,7 @@ Found by the comparison of lifetimes (lifetime_link_and_delete on TDX); no kerne
 from collections.abc import Iterable
 
 from guestmem.check.mutants import mutant
+from guestmem.kvm import protection
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.memslots import MemorySlot
 
@@ -13,5 +14,5 @@ from guestmem.kvm.memslots import MemorySlot
 @mutant("H09", replaces="guestmem.kvm.protection:unmapped", breaks={"S3"})
 def leaf_of_another_view(context: KvmGmemContext, slots: Iterable[MemorySlot]) -> None:
     """Nobody else is asked."""
-    for slot in slots:
-        context.kvm.machine.architecture.invalidate(slot.gfns.start, slot.gfns.pages)
+    if context.kvm.machine.architecture.has_tables and context.is_owners:
+        protection._invalidate(context, [slot.gfns for slot in slots])
