@@ -3,12 +3,14 @@
 from guestmem.arch import FirmwareError
 from guestmem.arch.snp.firmware import SevStatus
 from guestmem.arch.snp.guest import SnpGuest
+from guestmem.arch.snp.policy import DEFAULT
 from guestmem.check.mutants import mutant
 
 
 @mutant("B41", replaces="guestmem.arch.snp.guest:SnpGuest.start", breaks={"L3"})
-def no_decommission(self: SnpGuest, policy: int) -> None:
+def no_decommission(self: SnpGuest, parameters: int | None = None) -> None:
     """The error path skips decommission."""
+    policy = DEFAULT if parameters is None else parameters
     context = self.platform.firmware.gctx_create()
     if isinstance(context, SevStatus):
         raise FirmwareError("SNP_GCTX_CREATE", context.name)
