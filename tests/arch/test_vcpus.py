@@ -121,3 +121,12 @@ def test_without_that_the_module_keeps_the_page(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(TdxVcpus, "leave", lambda self, tdr, vcpu: None)
     with pytest.raises(FirmwareError, match="TDX_TLB_TRACKING_NOT_DONE"):
         guest.invalidate(GFN, 1)
+
+
+def test_a_vmsa_that_does_not_come_back_keeps_the_asid() -> None:
+    failing = [False]
+    platform = SnpPlatform(1 << 20, fails=lambda name: failing[0] and name == "snp: RMPUPDATE")
+    guest = _launched(platform, 1)
+    failing[0] = True
+    assert not guest.teardown()
+    assert [owner[:2] for _, owner in platform.vmsas()] == [(1, 101)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from guestmem.arch import Lifetime, Owner
+from guestmem.arch.snp import SnpPlatform
 from guestmem.check.world import World, contexts, live_vms
 from guestmem.kvm.identity import Identity, VirtualMachine
 from guestmem.kvm.vm import Kvm
@@ -123,6 +125,7 @@ def freed_but_owned(world: World) -> Iterator[str]:
 
 def recycled_owners(world: World) -> Iterator[str]:
     """S8: no page names an identity that somebody else may have. A number that a bad page names is nobody's again."""
-    for pfn, owner in owned_pages(world):
+    vmsas = (platform.vmsas() for platform in world.platforms.values() if isinstance(platform, SnpPlatform))
+    for pfn, owner in chain(owned_pages(world), *vmsas):
         if world.identities.may_come_again(Identity(owner.number, owner.generation)):
             yield f"pfn {pfn} is {owner}'s, whose number is free"

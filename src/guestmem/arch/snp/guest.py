@@ -74,6 +74,12 @@ class SnpPlatform:
             for number in range(1 << self.rmp.large_order if entry.large else 1):
                 yield Pfn(base + number), Owner(entry.asid, self.keys[entry.asid][0], entry.gfn + number)
 
+    def vmsas(self) -> Iterator[tuple[Pfn, Owner]]:
+        """KVM's own pages that are a guest's: the VMSAs that a launch made."""
+        for pfn, entry in self.rmp.entries():
+            if pfn >= FIRST_OWN:
+                yield pfn, Owner(entry.asid, self.keys[entry.asid][0], None)
+
     def live_guests(self) -> int:
         return len(self.firmware.contexts) - self.lost_contexts
 
