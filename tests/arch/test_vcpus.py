@@ -30,7 +30,7 @@ FIXED = pytest.mark.parametrize("new", [TdxPlatform, CcaPlatform])
 
 def _launched(platform: Platform, vcpus: int = 2) -> GuestArchitecture:
     guest = platform.new_guest(1, 101)
-    guest.start(1 << 17)
+    guest.start()
     guest.finalize(dict.fromkeys(range(vcpus), REGISTERS))
     return guest
 
@@ -89,7 +89,7 @@ def test_a_launch_that_fails_leaves_no_vmsa(call: str) -> None:
     failing = [""]
     platform = SnpPlatform(1 << 20, fails=lambda name: name == f"snp: {failing[0]}")
     guest = platform.new_guest(1, 101)
-    guest.start(1 << 17)
+    guest.start()
     failing[0] = call
     with pytest.raises(FirmwareError):
         guest.finalize({0: REGISTERS})
@@ -97,7 +97,7 @@ def test_a_launch_that_fails_leaves_no_vmsa(call: str) -> None:
     assert platform.own_pages.count == 0
     assert not list(platform.rmp.entries())
     undisturbed = _snp().new_guest(1, 101)
-    undisturbed.start(1 << 17)
+    undisturbed.start()
     assert guest.finalize({0: REGISTERS}) == undisturbed.finalize({0: REGISTERS})
 
 

@@ -16,8 +16,6 @@ from guestmem.memory import PAGE_SIZE, Access, PageIndex, read_host
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import KVM_MP_STATE_HALTED, VmType
 
-POLICY = 1 << 17
-
 
 def launched(m: Machine, vm_type: VmType | None = None) -> Vm:
     """The first VM, of a protected type, past its launch when the actors begin: with all vCPUs that there are then."""
@@ -121,7 +119,7 @@ DESTROY_AP = (
 
 def start(vm: Vm) -> Call:
     """SNP_LAUNCH_START and its like."""
-    return launch_start(vm.kvm, POLICY)
+    return launch_start(vm.kvm)
 
 
 def update(vm: Vm, source: int | None = None, gpa: int = 0, kind: int = 0) -> Call:
