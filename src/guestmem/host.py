@@ -35,6 +35,7 @@ from guestmem.kvm.launch_script import LaunchHandle
 from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.populate import populate
 from guestmem.kvm.prefault import pre_fault_memory
+from guestmem.kvm.protection import dma_rules
 from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.vcpu import Vcpu, create_vcpu
 from guestmem.kvm.vm import Kvm, KvmEnvironment
@@ -111,7 +112,7 @@ class Host:
         self.process = self.userspace.spawn()
         self.inodes: list[Inode] = []
         self.vms: list[Kvm] = []
-        self.iommu = Iommu(self.scheduler, self.tracer, self.orders)
+        self.iommu = Iommu(self.scheduler, self.tracer, self.orders, dma_rules)
         self._debug = debug
         self._clients = clients
         self.platforms: Mapping[VmType, Platform] = Platforms(

@@ -1,12 +1,10 @@
-"""B47: a huge page is split everywhere but in the IO page table. As far as it goes without an ownership table."""
+"""B47: a huge page is split in the RMP and in the nested page table, and not in the IO page table."""
 
 from guestmem.check.mutants import mutant
-from guestmem.iommu.addresses import IoPage
 from guestmem.iommu.domain import Domain
-from guestmem.memory import Range
+from guestmem.memory import Pfn
 
 
-@mutant("B47", replaces="guestmem.iommu.domain:Domain.zap", breaks={"S2", "S13"})
-def leaf_stays_large(self: Domain, pages: Range[IoPage]) -> int:
-    """Folio and stage 2 are of small pages, the leaf over them spans both accesses."""
-    return 0 if self._beside(pages) else self.table.zap(pages)
+@mutant("B47", replaces="guestmem.iommu.domain:Domain.follow", breaks={"S13"})
+def leaf_stays_large(self: Domain, pfn: Pfn, pages: int) -> None:
+    """The PSMASH is KVM's, or another device's table asked for it; this one goes on with its 2M leaf."""

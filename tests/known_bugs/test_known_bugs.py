@@ -36,6 +36,13 @@ def test_found_by_a_property_that_it_breaks(name: str) -> None:
     assert hunted.schedule is not None, "without steps, if it breaks while the scenario is set up"
 
 
+def test_b55_on_a_td_resets_the_machine() -> None:
+    """Elsewhere S1 is broken first, which is a look into tables; here nobody looks, and it shows by itself."""
+    hunted = hunt(str(HERE / "b55_iommu_is_not_told.py"), ["td_stray_dma"], Options())
+    assert (hunted.found, hunted.property) == (True, "MC")
+    assert "dma.machine_check" in hunted.facts
+
+
 def test_every_entry_of_the_catalogue_is_a_mutant_or_says_what_it_waits_for() -> None:
     entries = {f"B{number:02d}" if isinstance(number, int) else f"B{number}" for number in NUMBERS}
     covered = {each.bug for each in MUTANTS.values()}

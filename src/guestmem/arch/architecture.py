@@ -20,6 +20,7 @@ from collections.abc import Set as AbstractSet
 from errno import EIO
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from guestmem.arch.dma import Block, DmaRules
 from guestmem.cpu.engine import PageBit, Pvalidate, Rmpadjust
 from guestmem.cpu.registers import Regs, Sregs
 from guestmem.memory import Pfn
@@ -52,18 +53,6 @@ class Lifetime(enum.Enum):
     BINDING = "binding"
     FOLIO = "folio"
     VM = "vm"
-
-
-class Block(NamedTuple):
-    """2**order pages of host memory, naturally aligned: number of the first, server's address of its first byte."""
-
-    pfn: Pfn
-    order: int
-    hva: int
-
-    @property
-    def pages(self) -> int:
-        return 1 << self.order
 
 
 class Accept(NamedTuple):
@@ -143,7 +132,8 @@ class GuestArchitecture(Protocol):
     """One virtual machine as its architecture knows it.
 
     `has_tables` is false where no page has an owner, and `has_vcpus` where no vCPU is known to hardware or firmware:
-    KVM need not call what is about them.
+    KVM need not call what is about them. `dma` is what the IOMMU asks, None where nothing stands between a device and
+    memory but the IOMMU's own tables.
     """
 
     has_tables: bool
@@ -161,6 +151,9 @@ class GuestArchitecture(Protocol):
     def state_pages(self) -> StatePages | None:
         """None where guests make no such pages."""
         ...
+
+    @property
+    def dma(self) -> DmaRules | None: ...
 
     @property
     def launched(self) -> bool:
@@ -283,10 +276,6 @@ class Platform(Protocol):
 
     def live_guests(self) -> int:
         """How many virtual machines firmware has a context of, without those that it would not give up."""
-        ...
-
-    def dma_allowed(self, block: Block, trusted: bool) -> bool:
-        """Whether the hardware lets a device at a block through an IOMMU leaf of its order; `trusted`: a T=1 device."""
         ...
 
     def host_read(self, pfn: Pfn, hva: int) -> bytes:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from guestmem.arch.architecture import UNDEFINED, Block, GuestInstruction, Outcome, Owner
+from guestmem.arch.architecture import UNDEFINED, GuestInstruction, Outcome, Owner
+from guestmem.arch.dma import Block
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
 
 
@@ -33,9 +34,6 @@ class SoftwarePlatform:
     def live_guests(self) -> int:
         return 0
 
-    def dma_allowed(self, block: Block, trusted: bool) -> bool:
-        return not trusted
-
     def host_read(self, pfn: Pfn, hva: int) -> bytes:
         return read_host(hva, PAGE_SIZE)
 
@@ -48,6 +46,7 @@ class SoftwareGuest:
     state_pages = None
     has_vcpus = False
     inside: frozenset[int] = frozenset()
+    dma = None
 
     def __init__(self, scramble: bool) -> None:
         self.has_tables = scramble

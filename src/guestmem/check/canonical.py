@@ -15,17 +15,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from guestmem.arch.cca import CcaGuest
+from guestmem.arch.pkvm import PkvmGuest
 from guestmem.arch.snp import SnpGuest, SnpPlatform
 from guestmem.arch.snp.firmware import Firmware
 from guestmem.arch.snp.rmp import Rmp
 from guestmem.arch.snp.vcpus import SnpVcpus, Vmsa
 from guestmem.arch.sw import SoftwareGuest
+from guestmem.arch.tdx import TdxGuest
 from guestmem.check.arena import ARENA_SIZE
 from guestmem.check.invariants import snapshot
 from guestmem.cpu.engine import Translation
 from guestmem.cpu.scripted import ScriptedEngine
 from guestmem.iommu import DmaDevice, Domain, Ioas, Iommu
 from guestmem.iommu.areas import PinnedPages
+from guestmem.iommu.context import IommuGmemContext
 from guestmem.iommu.leaves import GmemLeaf, Iotlb
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.identity import IdentityPool, VirtualMachine
@@ -45,6 +49,7 @@ from guestmem.userspace.area import Pte
 CONSTANTS: dict[type, frozenset[str]] = {
     AddressSpace: frozenset({"_scheduler", "_tracer"}),
     AnonymousMemory: frozenset({"_new_backing", "_pool", "_scheduler", "pages"}),
+    CcaGuest: frozenset({"dma"}),
     DmaDevice: frozenset({"_scheduler", "_tracer", "page_requests"}),
     Domain: frozenset({"_orders", "_scheduler", "_tracer", "access"}),
     Firmware: frozenset({"_fails", "_limit", "_rmp"}),
@@ -53,18 +58,20 @@ CONSTANTS: dict[type, frozenset[str]] = {
     HugePool: frozenset({"order", "pool", "vmemmap"}),
     Hugetlb: frozenset({"_pool"}),
     Inode: frozenset({"abilities", "backing", "order", "orders", "pages", "policy", "scheduler", "source", "tracer"}),
-    Ioas: frozenset({"orders", "scheduler", "tracer"}),
-    Iommu: frozenset({"orders", "scheduler", "tracer"}),
+    Ioas: frozenset({"orders", "rules_of", "scheduler", "tracer"}),
+    Iommu: frozenset({"orders", "rules_of", "scheduler", "tracer"}),
+    IommuGmemContext: frozenset({"rules"}),
     Kvm: frozenset({"environment", "has_private_memory", "level", "scheduler", "tracer", "vm_type"}),
     KvmGmemContext: frozenset(),
     Lock: frozenset({"_acquire", "_scheduler", "lock_class", "name"}),
     Pin: frozenset({"_pins", "_tracer"}),
     PinnedPages: frozenset({"_pin_one", "writable"}),
+    PkvmGuest: frozenset({"dma"}),
     RefCount: frozenset({"_scheduler", "name"}),
     Registration: frozenset({"_users"}),
     Rmp: frozenset({"_fails", "_pages", "large_order"}),
     RwLock: frozenset({"_scheduler", "exclusive", "lock_class", "name", "shared"}),
-    SnpGuest: frozenset({"_key"}),
+    SnpGuest: frozenset({"_key", "dma"}),
     SnpPlatform: frozenset({"guests_validate"}),
     SnpVcpus: frozenset({"_asid", "_firmware", "_own_pages", "_rmp"}),
     SoftwareGuest: frozenset({"has_tables"}),
@@ -72,6 +79,7 @@ CONSTANTS: dict[type, frozenset[str]] = {
     ScriptedEngine: frozenset({"_memory", "script"}),
     Stage2: frozenset({"_flush", "_tracer", "_vm", "check_access", "page_bit"}),
     Subpool: frozenset({"huge", "pool"}),
+    TdxGuest: frozenset({"dma"}),
     Unit: frozenset({"source"}),
     Userspace: frozenset({"new_backing", "pool", "scheduler", "tracer"}),
     Users: frozenset({"_inode", "_tracer", "_unmap_failed"}),

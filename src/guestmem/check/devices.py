@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from guestmem.check.world import World, device_leaves, domains
 from guestmem.iommu.areas import PinnedArea
 from guestmem.iommu.leaves import GmemLeaf
-from guestmem.memory import PageIndex, Range
+from guestmem.memory import PageIndex, Pfn, Range
 from guestmem.memory.pages import block
 
 
@@ -32,6 +32,18 @@ def open_windows(world: World) -> Iterator[str]:
             yield f"{domain.window.open} windows of domain {domain.number} are open and nobody is invalidating"
 
 
+def exposed_pages(world: World) -> Iterator[str]:
+    """S1: no table says that a page is a guest's which an untrusted device can reach."""
+    for who, _, domain, leaf in device_leaves(world):
+        if domain.trusted or not isinstance(leaf, GmemLeaf) or leaf.rules is None:
+            continue
+        for platform in world.platforms.values():
+            for inside in range(1 << leaf.order):
+                owner = platform.owner(Pfn(leaf.pfn + inside))
+                if owner is not None:
+                    yield f"{who} reaches pfn {leaf.pfn + inside}, which is {owner}'s"
+
+
 def freed_pages(world: World) -> Iterator[str]:
     """S10."""
     for who, _, _, leaf in device_leaves(world):
@@ -42,8 +54,11 @@ def freed_pages(world: World) -> Iterator[str]:
 
 
 def unfit_leaves(world: World) -> Iterator[str]:
-    """S13: a leaf lies in its area and has pages of one access."""
-    for who, ioas, _, leaf in device_leaves(world):
+    """S13: a leaf lies in its area, has pages of one access, and agrees with the ownership tables page by page and size
+    by size, if it is a trusted device's."""
+    for who, ioas, domain, leaf in device_leaves(world):
+        if isinstance(leaf, GmemLeaf) and leaf.rules is not None and domain.trusted and not leaf.rules.fits(leaf.block):
+            yield f"leaf of order {leaf.order} of {who} is over entries of another size, or none"
         if isinstance(leaf, GmemLeaf) and leaf.order:
             shown = Range(leaf.first, PageIndex(leaf.first + (1 << leaf.order)))
             area = ioas.area_at(leaf.page)

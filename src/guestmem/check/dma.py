@@ -4,14 +4,17 @@
     dma.map(gmem)
     m.actor("device", dma.write(b"d"), dma.read())
 
-The first page is at IOVA `BASE`. A DMA that faults is answered by the rule that refused it.
+The first page is at IOVA `BASE`. A DMA that faults is answered by the rule that refused it; one that would reset the
+machine ends the execution, as a violation.
 """
 
 from __future__ import annotations
 
+from guestmem.check.invariants import Violation
 from guestmem.check.machine import Call, Machine
 from guestmem.host import Gmem
 from guestmem.iommu import DmaFault
+from guestmem.iommu.device import MACHINE_CHECK
 from guestmem.iommu.ioas import PinnedSlice, Protection, Slice
 from guestmem.iommu.script import DeviceHandle, IommuHandle, gmem_slice, pin_host_memory
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE
@@ -55,6 +58,8 @@ class Dma:
             try:
                 await (device or self.device).device.write(BASE + page * PAGE_SIZE, data)
             except DmaFault as fault:
+                if fault.refusal.rule == MACHINE_CHECK:
+                    raise Violation("MC", str(fault)) from fault
                 return fault.refusal.rule
             return "ok"
 

@@ -18,7 +18,7 @@ from itertools import chain, pairwise, product
 from typing import NamedTuple
 
 from guestmem.check import ownership
-from guestmem.check.devices import freed_pages, open_windows, stale_translations, unfit_leaves
+from guestmem.check.devices import exposed_pages, freed_pages, open_windows, stale_translations, unfit_leaves
 from guestmem.check.huge_pages import broken_books, shared_huge_folios
 from guestmem.check.world import (
     World,
@@ -59,6 +59,7 @@ class Violation(AssertionError):
 
 OTHERS = {
     "S15": "a refused call changes nothing",
+    "MC": "the machine is not reset by a device",
     "L1": "a conversion makes progress",
     "L2": "a fault makes progress",
     "L3": "nothing is left at the end",
@@ -115,6 +116,7 @@ def _s1(world: World) -> Iterator[str]:
         for number, order, _ in kvm.stage2.tables[Access.SHARED].leaves():
             if not kvm.attributes.is_all(block(Gfn(number), order), Access.SHARED):
                 yield f"gfn {number:#x} of vm {kvm.number} is private by attribute and mapped shared"
+    yield from exposed_pages(world)
 
 
 @_property("S2", "a shared page is not privately mapped")

@@ -37,8 +37,13 @@ def launched_gmem(
 def used_gmem(m: Machine) -> Gmem:
     """The same, of one page in which the guest has stored a 7."""
     gmem = launched_gmem(m)
-    m.beforehand(m.guest(Store(0, 7)))
+    touch(m, 0)
     return gmem
+
+
+def touch(m: Machine, *pages: int) -> None:
+    """The guest has stored 7 into these pages: its tables have them."""
+    m.beforehand(m.guest(*(Store(page * PAGE_SIZE, 7) for page in pages)))
 
 
 def life(m: Machine, vm_type: VmType) -> tuple[Call, ...]:

@@ -5,6 +5,10 @@ its areas show them, and closes those parts of every domain that maps pages of t
 nor a page: a virtual machine does not live on because a device could do DMA to it, and no reference of an IOMMU ever
 vetoes a conversion.
 
+Private pages of a guest with ownership tables (`rules`) are mapped as far as those have them, and no further: the IOMMU
+makes no page the guest's. Which frame it would be at only KVM's bindings know, and what the guest has not accepted no
+device of its can use (semantics.md section 17: a DMA mapping leaves the table alone).
+
 What keeps a late leaf out: a page is looked up under invalidate_lock and installed under the domain's lock, after the
 window was asked. The windows that `invalidate_begin` opened are noted in `told`, and `invalidate_end` closes those and
 no others, so areas and domains may come and go meanwhile: a new one finds its pages after the end, since it waits for
@@ -22,6 +26,7 @@ from guestmem.iommu.addresses import IoPage
 from guestmem.iommu.areas import GmemArea
 from guestmem.iommu.domain import CannotSplit, Domain
 from guestmem.iommu.leaves import GmemLeaf
+from guestmem.iommu.secure import largest_fitting
 from guestmem.memory import PAGE_SHIFT, Inode, Invalidation, Page, Pfn, Reason
 from guestmem.memory.pages import block
 from guestmem.trace import Refusal
@@ -44,6 +49,9 @@ class IommuGmemContext:
         self.told: list[Domain] = []
         self.may_map_private = any(domain.trusted for domain in ioas.domains)
         self.closed = False
+        self.rules = ioas.rules_of(inode.owner)
+        if self.rules is not None:
+            self.rules.followers.add(self.follow)
         self.registration = inode.register(self)
 
     # From memory to the IOMMU: invalidations
@@ -82,7 +90,7 @@ class IommuGmemContext:
                     domain.drop(pages)
                 except CannotSplit:
                     self._revoke(area, "a leaf cannot be split")
-                    domain.drop(area.pages)
+                    domain.forget(area.pages)
                     revoked.append(area)
 
     def _revoke(self, area: GmemArea, why: str) -> None:
@@ -99,12 +107,28 @@ class IommuGmemContext:
             async with domain.lock:
                 domain.drop(area.pages)
 
+    # From the architecture to the IOMMU: entries of the ownership tables that are split, or go
+
+    def follow(self, pfn: Pfn, pages: int) -> None:
+        """No trusted domain has a leaf over these pages that disagrees with the tables when it returns."""
+        for domain in self.ioas.domains:
+            while domain.trusted:
+                try:
+                    domain.follow(pfn, pages)
+                    break
+                except CannotSplit as cannot:
+                    area = self.ioas.area_at(cannot.page)
+                    assert isinstance(area, GmemArea)
+                    area.context._revoke(area, "a leaf cannot be split")
+                    for each in self.ioas.domains:
+                        each.forget(area.pages)
+
     # From the IOMMU to memory: look-ups
 
     async def map_page(self, domain: Domain, area: GmemArea, page: IoPage) -> GmemLeaf:
         """Have `page` of the area mapped in the domain; the leaf over it. The IOAS's lock is held, shared will do.
 
-        Raises: Refusal EIO `iommu.revoked`; what Inode.fault refuses.
+        Raises: Refusal EIO `iommu.revoked`; EFAULT `iommu.not_guests`; what Inode.fault refuses.
         """
         inode = self.inode
         if area.revoked or not inode.references.get_unless_zero():
@@ -119,6 +143,8 @@ class IommuGmemContext:
                     if area.revoked:
                         raise Refusal(errno.EIO, "iommu.revoked", iova=page << PAGE_SHIFT)
                     leaf = self._leaf(area, page, found)
+                    if domain.trusted and self.rules is not None and not domain.is_void(leaf, seen):
+                        leaf = self._agreeing(leaf, page)
                     if domain.install(leaf, seen):
                         return leaf
         finally:
@@ -138,12 +164,22 @@ class IommuGmemContext:
             area.writable,
             self.inode,
             area.index_of(start),
+            self.rules,
         )
+
+    def _agreeing(self, leaf: GmemLeaf, page: IoPage) -> GmemLeaf:
+        """As much of a leaf as the ownership tables have. Raises: Refusal EFAULT `iommu.not_guests`."""
+        agreeing = largest_fitting(leaf, page, self.ioas.orders)
+        if agreeing is None:
+            raise Refusal(errno.EFAULT, "iommu.not_guests", iova=page << PAGE_SHIFT, pfn=leaf.pfn + page - leaf.page)
+        return agreeing
 
     async def close(self) -> None:
         """The last area is gone. Returns when no notification is in flight."""
         if self.registration in self.inode.users.registrations:  # an inode that has ended has none
             await self.registration.unregister()
+        if self.rules is not None:
+            self.rules.followers.remove(self.follow)
         self.closed = True
 
     def check(self) -> None:

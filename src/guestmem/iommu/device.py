@@ -4,26 +4,37 @@ An access is cut at page borders. Each part is one translation and the copy, in 
 run. What the domain does not map the device asks for, if it can (ATS and PRI: `page_requests`); otherwise, and where
 the answer is no, the DMA faults, which is an event and an exception, and no byte of that page moves.
 
+What is mapped is not all: the hardware that protects a guest's memory looks at each access too (`GmemLeaf.rules`). What
+it refuses is a fault like others, or the end of the machine, which is an event of its own here.
+
 Source: PCIe ATS and PRI as drivers/iommu/io-pgfault.c answers them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from guestmem.iommu.addresses import Iova, io_page_of
+from guestmem.iommu.addresses import IoPage, Iova, io_page_of
 from guestmem.iommu.domain import Domain
 from guestmem.iommu.ioas import Ioas, check_permission
-from guestmem.memory import PAGE_SIZE, read_host, write_host
+from guestmem.iommu.leaves import GmemLeaf
+from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
 from guestmem.sched import Lock, LockClass, Scheduler
 from guestmem.trace import Refusal, Tracer
 from guestmem.trace import events as event
 
 if TYPE_CHECKING:
     from guestmem.iommu.iommufd import Iommufd
+
+
+MACHINE_CHECK = "dma.machine_check"
+"""The rule of a DMA that stops the machine."""
+_ZEROS = ctypes.create_string_buffer(PAGE_SIZE)
+"""What a read finds that the hardware gives nothing else."""
 
 
 class DmaFault(Exception):
@@ -105,6 +116,8 @@ class DmaDevice:
                 leaf = attachment.domain.translate(page)
                 if leaf is not None:
                     check_permission(leaf, page, write)
+                    if leaf.rules is not None and not _moves_bytes(attachment.domain, leaf, page, write):
+                        return ctypes.addressof(_ZEROS)
                     return leaf.hva_at(page) + iova % PAGE_SIZE
                 if not self.page_requests:
                     raise Refusal(errno.EFAULT, "dma.unmapped", iova=iova)
@@ -121,3 +134,12 @@ class DmaDevice:
         if self._tracer.enabled:
             domain = self.attachment.domain.number if self.attachment else 0
             self._tracer.emit(event.IommuFault(domain, self.number, iova, write, refusal.rule))
+            if refusal.rule == MACHINE_CHECK:
+                self._tracer.emit(event.MachineCheck(self.number, iova))
+
+
+def _moves_bytes(domain: Domain, leaf: GmemLeaf, page: IoPage, write: bool) -> bool:
+    """Ask the architecture. Raises: Refusal `dma.*`."""
+    assert leaf.rules is not None
+    pfn = Pfn(leaf.pfn + page - leaf.page)
+    return leaf.rules.check(leaf.block, pfn, trusted=domain.trusted, write=write)

@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import bisect
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+from guestmem.arch import DmaRules
 from guestmem.iommu.addresses import IoPage, Iova, io_page_of, io_pages, iova_of
 from guestmem.iommu.areas import Area, GmemArea, PinnedArea, PinnedPages
 from guestmem.iommu.context import IommuGmemContext
-from guestmem.iommu.domain import Domain
+from guestmem.iommu.domain import CannotSplit, Domain
 from guestmem.iommu.iova_space import IovaRange, IovaSpace
 from guestmem.iommu.leaves import IoLeaf, PinnedLeaf
-from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access, Inode, PageIndex, Range
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access, Inode, Owner, PageIndex, Range
 from guestmem.sched import LockClass, RwLock, Scheduler
 from guestmem.trace import Refusal, Tracer
 
@@ -54,17 +55,22 @@ class PinnedSlice(NamedTuple):
 
 
 Slice: TypeAlias = GmemSlice | PinnedSlice
+RulesOf: TypeAlias = Callable[[Owner | None], DmaRules | None]
+"""From the owner of memory, whom only the builder of the machine knows, to the rules of its architecture."""
 
 
 class Ioas:
     """`number` names it in traces. `orders` are those that a leaf can have, largest first; with `large_pages` not set
-    (IOMMU_OPTION_HUGE_PAGES) all are of order 0."""
+    (IOMMU_OPTION_HUGE_PAGES) all are of order 0. `rules_of` is what the hardware asks of DMA to somebody's memory."""
 
-    def __init__(self, scheduler: Scheduler, tracer: Tracer, number: int, orders: Sequence[int]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, tracer: Tracer, number: int, orders: Sequence[int], rules_of: RulesOf
+    ) -> None:
         self.scheduler = scheduler
         self.tracer = tracer
         self.number = number
         self.orders = orders
+        self.rules_of = rules_of
         self.lock = RwLock(scheduler, LockClass.IOAS_LOCK, f"iova lock ioas {number}")
         self.areas: list[Area] = []  # by IOVA; disjoint
         self.domains: list[Domain] = []
@@ -147,9 +153,9 @@ class Ioas:
             try:
                 leaf = await area.context.map_page(domain, area, page)
             except Refusal as refusal:
-                if refusal.rule != "fault.access":
+                if refusal.rule not in ("fault.access", "iommu.not_guests"):
                     raise
-                page = IoPage(page + 1)  # converted since we looked; as if it had been a moment later
+                page = IoPage(page + 1)  # converted since we looked, or never touched by its guest
             else:
                 page = IoPage(leaf.page + (1 << leaf.order))
 
@@ -214,7 +220,7 @@ class Ioas:
         """Out of the page tables and IOTLBs first, then out of the books, and only then are pins given back."""
         for domain in self.domains:
             async with domain.lock:
-                domain.drop(area.pages)
+                self._drop(domain, area)
         self.areas.remove(area)
         if isinstance(area, PinnedArea):
             area.unpin()
@@ -224,6 +230,13 @@ class Ioas:
         if not context.areas:
             del self.contexts[context.inode.number]
             await context.close()
+
+    def _drop(self, domain: Domain, area: Area) -> None:
+        """A leaf sticks out if the area was a part of a larger one. What cannot stay beside it is asked for again."""
+        try:
+            domain.drop(area.pages)
+        except CannotSplit:
+            domain.forget(area.pages)
 
     async def _remove_all(self) -> int:
         pages = 0
@@ -274,7 +287,7 @@ class Ioas:
     async def page_request(self, domain: Domain, page: IoPage, write: bool) -> None:
         """A device found `page` not mapped, and asks for it (ATS and PRI). Maps it, or refuses.
 
-        Raises: Refusal EFAULT `dma.unmapped`, `dma.permission`; EIO `iommu.revoked`; what Inode.fault refuses.
+        Raises: Refusal EFAULT `dma.unmapped`, `dma.permission`; as IommuGmemContext.map_page.
         """
         async with self.lock.shared:
             area = self.area_at(page)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from guestmem.iommu.device import Attachment, DmaDevice
 from guestmem.iommu.domain import Domain
-from guestmem.iommu.ioas import Ioas
+from guestmem.iommu.ioas import Ioas, RulesOf
 from guestmem.memory import Access
 from guestmem.memory.pages import ORDERS
 from guestmem.sched import LockClass, RefCount, Scheduler
@@ -221,12 +221,23 @@ class Iommufd:
 
 
 class Iommu:
-    """The IOMMU of one host, and its devices: what every open /dev/iommu works on. `orders` are those of its leaves."""
+    """The IOMMU of one host, and its devices: what every open /dev/iommu works on. `orders` are those of its leaves.
 
-    def __init__(self, scheduler: Scheduler, tracer: Tracer, orders: Sequence[int] = ORDERS) -> None:
+    `rules_of` tells from the owner of memory what the hardware asks of DMA to it; without, as of memory that nothing
+    protects.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tracer: Tracer,
+        orders: Sequence[int] = ORDERS,
+        rules_of: RulesOf = lambda owner: None,
+    ) -> None:
         self.scheduler = scheduler
         self.tracer = tracer
         self.orders = orders
+        self.rules_of = rules_of
         self.ioases: list[Ioas] = []
         self.devices: list[DmaDevice] = []
         self._ioases_made = 0
@@ -244,7 +255,7 @@ class Iommu:
 
     def new_ioas(self) -> Ioas:
         self._ioases_made += 1
-        ioas = Ioas(self.scheduler, self.tracer, self._ioases_made, self.orders)
+        ioas = Ioas(self.scheduler, self.tracer, self._ioases_made, self.orders, self.rules_of)
         self.ioases.append(ioas)
         return ioas
 

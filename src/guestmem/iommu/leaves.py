@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, TypeAlias
 
+from guestmem.arch import Block, DmaRules
 from guestmem.iommu.addresses import IoPage
 from guestmem.memory import PAGE_SHIFT, Inode, PageIndex, Pfn, Range
 from guestmem.memory.pages import ORDER_4K
@@ -22,7 +23,8 @@ class PinnedPage(Protocol):
 class GmemLeaf(NamedTuple):
     """2**order pages from `page` on are the pages of a guest_memfd from `first` on. It holds none of them.
 
-    `hva` is the server's address of the first byte.
+    `hva` is the server's address of the first byte. `rules` are what the hardware looks at besides, None where the
+    memory's virtual machine has no ownership tables.
     """
 
     page: IoPage
@@ -33,6 +35,15 @@ class GmemLeaf(NamedTuple):
     writable: bool
     inode: Inode
     first: PageIndex
+    rules: DmaRules | None = None
+
+    @property
+    def block(self) -> Block:
+        return Block(self.pfn, self.order, self.hva)
+
+    @property
+    def end(self) -> IoPage:
+        return IoPage(self.page + (1 << self.order))
 
     def __fingerprint__(self) -> tuple[object, ...]:
         """Without addresses: where the host put the file is not state."""
@@ -61,6 +72,7 @@ class PinnedLeaf(NamedTuple):
     pinned: PinnedPage
     readable: bool
     writable: bool
+    rules: None = None  # nobody's private page is pinned
 
     @property
     def order(self) -> int:

@@ -20,7 +20,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
-from guestmem.arch import Block, FirmwareError, Lifetime
+from guestmem.arch import Block, DmaRules, FirmwareError, Lifetime
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.identity import VirtualMachine
 from guestmem.kvm.stage2 import Leaf
@@ -29,6 +29,7 @@ from guestmem.memory import (
     Access,
     Inode,
     Invalidation,
+    Owner,
     PageIndex,
     PageRange,
     Pfn,
@@ -186,6 +187,11 @@ def _invalidate(context: KvmGmemContext, ranges: list[Range[Gfn]]) -> None:
                 bad = Gfn(int(str(error.facts.get("gfn", start))))
                 context.inode.record_unmap_failure(context.pages_of(Range(bad, Gfn(bad + 1))))
                 start = Gfn(bad + 1)
+
+
+def dma_rules(owner: Owner | None) -> DmaRules | None:
+    """What the hardware asks of DMA to somebody's memory. For the IOMMU, to which owners are opaque."""
+    return owner.architecture.dma if isinstance(owner, VirtualMachine) else None
 
 
 def unbound(context: KvmGmemContext, slot: MemorySlot) -> None:

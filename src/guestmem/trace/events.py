@@ -294,6 +294,13 @@ class IommuFault(Event, frozen=True, tag="iommu_fault"):
     rule: str
 
 
+class MachineCheck(Event, frozen=True, tag="machine_check"):
+    """A device's DMA has poisoned a guest's page: a real machine is reset."""
+
+    device: int
+    iova: int
+
+
 class IommuRevoke(Event, frozen=True, tag="iommu_revoke"):
     """An area maps nothing any more."""
 

@@ -347,6 +347,12 @@ _TABLE = (
     Rule("dma.not_attached", ("EFAULT",), _DMA, 1, "the device is attached to no domain", "iommu_group blocking [M]"),
     Rule("dma.unmapped", ("EFAULT",), _DMA, 3, "nothing is mapped there, or the device cannot ask for it", "[M]"),
     Rule("dma.permission", ("EFAULT",), _DMA, 4, "mapped, but not for reading, or not for writing", "[M]"),
+    Rule("iommu.not_guests", ("EFAULT",), _DMA, 5, "its guest has not touched it, or in another size", "Q13"),
+    Rule("dma.rmp", ("EFAULT",), _DMA, 6, "SNP: the RMP has the page as another's, or in another size", "Q13 [P]"),
+    Rule("dma.sept", ("EFAULT",), _DMA, 7, "TDX: the Secure EPT does not map the page", "TDX Connect [P]"),
+    Rule("dma.machine_check", ("EHWPOISON",), _DMA, 8, "TDX: it has poisoned a TD's page; a machine is reset", "Q9"),
+    Rule("dma.gpt", ("EFAULT",), _DMA, 9, "CCA: granule protection fault", "semantics.md 11 [2]"),
+    Rule("dma.hypervisor", ("EFAULT",), _DMA, 10, "pKVM: the hypervisor's table has not the page", "[F]"),
     # Architectures
     Rule(
         "arch.make_private", ("EINVAL",), "KVM_RUN", 7, "hardware or firmware did not take the page", "sev_gmem_prepare"

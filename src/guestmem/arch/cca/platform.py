@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from guestmem.arch.architecture import UNDEFINED, Block, FirmwareError, GuestInstruction, Outcome, Owner
+from guestmem.arch.architecture import UNDEFINED, FirmwareError, GuestInstruction, Outcome, Owner
+from guestmem.arch.cca.dma import CcaDma
 from guestmem.arch.cca.monitor import Monitor
 from guestmem.arch.cca.realm import (
     LEVEL_2M,
@@ -24,6 +25,7 @@ from guestmem.arch.cca.realm import (
     Rtte,
     frames,
 )
+from guestmem.arch.dma import Block
 from guestmem.memory import PAGE_SIZE, Pfn, read_host
 
 NOT_MEASURED = 1
@@ -82,11 +84,6 @@ class CcaPlatform:
     def live_guests(self) -> int:
         return len(self.monitor.realms.keys() - self.lost)
 
-    def dma_allowed(self, block: Block, trusted: bool) -> bool:
-        """The SMMU checks the GPT as CPUs do."""
-        pages = range(block.pfn, block.pfn + block.pages)
-        return all((self.monitor.state(Pfn(pfn)) is not GranuleState.UNDELEGATED) is trusted for pfn in pages)
-
     def host_read(self, pfn: Pfn, hva: int) -> bytes:
         """Raises: FirmwareError, a granule protection fault, for a granule that is not the host's."""
         if self.monitor.state(pfn) is not GranuleState.UNDELEGATED:
@@ -108,6 +105,7 @@ class CcaGuest:
         self.rd = Pfn(0)
         self.recs: dict[int, Pfn] = {}
         self.inside: set[int] = set()
+        self.dma = CcaDma(self, platform)
         self._platform = platform
         self._monitor = platform.monitor
 
@@ -351,6 +349,7 @@ class CcaGuest:
 
     def _destroy(self, gfn: int, entry: Rtte) -> None:
         self._monitor.data_destroy(self.rd, gfn)
+        self.dma.followers.tell(entry.pfn, 1)
         self._undelegate(entry.pfn, entry.hva)
         del self._platform.data[entry.pfn]
 

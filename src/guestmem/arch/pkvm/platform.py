@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from guestmem.arch.architecture import UNDEFINED, Block, FirmwareError, GuestInstruction, Outcome, Owner
+from guestmem.arch.architecture import UNDEFINED, FirmwareError, GuestInstruction, Outcome, Owner
+from guestmem.arch.dma import Block
+from guestmem.arch.pkvm.dma import PkvmDma
 from guestmem.arch.pkvm.hypervisor import Hypervisor, HypVm, PageState
 from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
 
@@ -45,11 +47,6 @@ class PkvmPlatform:
     def live_guests(self) -> int:
         return len(self.hypervisor.vms)
 
-    def dma_allowed(self, block: Block, trusted: bool) -> bool:
-        """The hypervisor's IOMMU tables follow the pages' states."""
-        pages = range(block.pfn, block.pfn + block.pages)
-        return all((self.owner(Pfn(pfn)) is not None) is trusted for pfn in pages)
-
     def host_read(self, pfn: Pfn, hva: int) -> bytes:
         """Raises: FirmwareError, for a page that the host has given away: SIGBUS to a user, a fault in the kernel."""
         if self.hypervisor.host.get(pfn) is PageState.NOPAGE:
@@ -68,6 +65,7 @@ class PkvmGuest:
     def __init__(self, platform: PkvmPlatform, number: int, generation: int) -> None:
         self.number = number
         self.generation = generation
+        self.dma = PkvmDma(number, platform)
         self.launched = False  # the hypervisor has no such state: it is the host that begins when it is ready
         self.inside: set[int] = set()
         self._platform = platform
@@ -131,8 +129,10 @@ class PkvmGuest:
     def make_shared(self, blocks: Sequence[Block]) -> None:
         """__pkvm_guest_share_host of what is the guest's alone; bytes stay. After its checks it cannot fail."""
         for gfn in (gfn for block in blocks for gfn in self._frames(block)):
-            if self._vm().pages[gfn].state is PageState.OWNED:
+            page = self._vm().pages[gfn]
+            if page.state is PageState.OWNED:
                 self._hypervisor.guest_share_host(self.number, gfn)
+                self.dma.followers.tell(page.pfn, 1)
 
     def reclaim(self, block: Block) -> None:
         """__pkvm_host_force_reclaim_page_guest: scrubbed, and gone from the guest's stage 2. It takes no page that is
@@ -142,6 +142,7 @@ class PkvmGuest:
             if page.state is PageState.SHARED_OWNED:
                 self._hypervisor.guest_unshare_host(self.number, gfn)
             self._hypervisor.host_force_reclaim_page_guest(page.pfn)
+            self.dma.followers.tell(page.pfn, 1)
 
     def invalidate(self, gfn: int, pages: int) -> None:
         """A protected guest's stage 2 is not the host's to change."""

@@ -14,9 +14,11 @@ import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
-from guestmem.arch.architecture import Block, FirmwareError, GuestInstruction, Outcome, Owner
+from guestmem.arch.architecture import FirmwareError, GuestInstruction, Outcome, Owner
+from guestmem.arch.dma import Block
 from guestmem.arch.snp.cipher import MemoryKey
 from guestmem.arch.snp.digest import PageType
+from guestmem.arch.snp.dma import SnpDma
 from guestmem.arch.snp.firmware import Context, Firmware, GuestState, SevStatus
 from guestmem.arch.snp.id_block import NO_ID_BLOCK, LaunchFinish
 from guestmem.arch.snp.instructions import execute
@@ -83,14 +85,6 @@ class SnpPlatform:
     def live_guests(self) -> int:
         return len(self.firmware.contexts) - self.lost_contexts
 
-    def dma_allowed(self, block: Block, trusted: bool) -> bool:
-        """An IOMMU leaf and the RMP must agree: a shared one shows pages of the host only, a private one pages in an
-        entry of its own size (Q13)."""
-        if not trusted:
-            return all(self.rmp.lookup(Pfn(block.pfn + number)) is None for number in range(block.pages))
-        found = self.rmp.lookup(block.pfn)
-        return found is not None and found[1].large is bool(block.order)
-
     def host_read(self, pfn: Pfn, hva: int) -> bytes:
         """Reads are never refused: a guest's page shows its ciphertext."""
         stored = read_host(hva, PAGE_SIZE)
@@ -117,6 +111,7 @@ class SnpGuest:
         self.vmsa_features = SNP_ACTIVE
         self.ended = False
         self.vcpus = SnpVcpus(platform.rmp, platform.firmware, platform.own_pages, asid)
+        self.dma = SnpDma(platform.rmp, asid, self._smash)
         self._key = platform.keys[asid][1]
 
     @property
@@ -353,6 +348,8 @@ class SnpGuest:
         status = self.platform.rmp.rmpupdate(pfn, state)
         if status is not Status.SUCCESS:
             raise FirmwareError("RMPUPDATE", status.name, pfn=pfn)
+        if not state.assigned:
+            self.dma.followers.tell(pfn, 1 << self.platform.rmp.large_order if state.large else 1)
 
     def _page_reclaim(self, pfn: Pfn) -> None:
         status = self.platform.firmware.page_reclaim(pfn)
@@ -363,6 +360,7 @@ class SnpGuest:
         status = self.platform.rmp.psmash(base)
         if status is not Status.SUCCESS:
             raise FirmwareError("PSMASH", status.name, pfn=base)
+        self.dma.followers.tell(base, 1 << self.platform.rmp.large_order)
 
 
 def _pages(block: Block) -> Iterator[tuple[Pfn, int]]:

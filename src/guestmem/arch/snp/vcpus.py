@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from guestmem.arch.architecture import Block, FirmwareError
+from guestmem.arch.architecture import FirmwareError
+from guestmem.arch.dma import Block
 from guestmem.arch.snp.digest import VMSA_GPA, PageType
 from guestmem.arch.snp.firmware import Context, Firmware, SevStatus
 from guestmem.arch.snp.rmp import FIRST_OWN, Fault, Rmp, State, Status

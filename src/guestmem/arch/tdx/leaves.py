@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from guestmem.arch.architecture import FirmwareError
+from guestmem.arch.tdx.dma import TdxDma
 from guestmem.arch.tdx.lent_pages import LentPages
 from guestmem.arch.tdx.memory_calls import MemoryCalls
 from guestmem.arch.tdx.td import LEVEL_2M, LEVEL_ROOT, OpState, Td
@@ -25,6 +26,7 @@ class TdLeaves:
         self.gfns: dict[Pfn, int] = {}
         self.tdr = Pfn(0)
         self.vcpus = TdxVcpus(module, lent)
+        self.dma = TdxDma(self, module)
         self._module = module
         self._lent = lent
 
@@ -66,6 +68,7 @@ class TdLeaves:
         for part in range(512):
             step = part << order - 9
             self.gfns[Pfn(entry.pfn + step)] = gfn + step
+        self.dma.followers.tell(entry.pfn, 1 << order)
 
     def merge(self, gfn: int, order: int) -> None:
         """TDH.MEM.PAGE.PROMOTE of the blocked and tracked table."""
@@ -133,3 +136,4 @@ class TdLeaves:
         write_host(entry.hva, bytes(PAGE_SIZE << 9 * level))  # tdx_quirk_reset_page: written whole, with key 0
         del self.gfns[entry.pfn]
         self._lent.uncover(entry.pfn)
+        self.dma.followers.tell(entry.pfn, 1 << 9 * level)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from guestmem.arch.architecture import (
     UNDEFINED,
     Accept,
-    Block,
     Done,
     Faults,
     FirmwareError,
@@ -24,6 +23,7 @@ from guestmem.arch.architecture import (
     Outcome,
     Owner,
 )
+from guestmem.arch.dma import Block
 from guestmem.arch.tdx.leaves import TdLeaves
 from guestmem.arch.tdx.lent_pages import LentPages
 from guestmem.arch.tdx.manage import TDCS_PAGES
@@ -87,11 +87,6 @@ class TdxPlatform:
 
     def live_guests(self) -> int:
         return len(self.module.tds.keys() - self.lost)
-
-    def dma_allowed(self, block: Block, trusted: bool) -> bool:
-        """A trusted device goes through the Secure EPT; another one poisons a TD's page by writing to it."""
-        pages = range(block.pfn, block.pfn + block.pages)
-        return all((self.owner(Pfn(pfn)) is not None) is trusted for pfn in pages)
 
     def host_read(self, pfn: Pfn, hva: int) -> bytes:
         """Zeros: who is not in SEAM mode finds no other bytes in a TD's line. Source: TDX module base spec 16.2.3."""
