@@ -25,6 +25,7 @@ OURS = (
     ("borders", "future"),
     ("links", "future"),
     ("snp", "future"),
+    ("snp_dma", "future"),
     ("tdx", "future"),
     ("preserved", "future"),
 )

@@ -29,7 +29,7 @@ from guestmem.memory.attributes import Attributes
 from guestmem.memory.page_table import PageTable
 from guestmem.sched import Scheduler, Task
 
-_ROOMS = ("memory", "kvm", "userspace", "iommu", "sched")
+_ROOMS = ("memory", "kvm", "userspace", "iommu", "sched", "arch")
 _EVERYTHING = (0, 1 << 64)
 _FAILURES = ("the failures that are left", "")
 _UNKNOWN = ("a world that is not looked into", "")

@@ -118,9 +118,10 @@ class Domain:
         it again. Raises: CannotSplit, with nothing done.
         """
         assert self.lock.held_by_me, "zap without the lock"
-        for leaf in self._sticking_out(pages):
+        sticking_out = self._sticking_out(pages)
+        for leaf in sticking_out:
             self._cut_under(leaf, pages)
-        pieces = self._beside(pages)
+        pieces = self._beside(pages) if sticking_out else ()
         zapped = self.table.zap(pages)
         for piece in pieces:
             self._map(piece)
