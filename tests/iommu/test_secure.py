@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from guestmem import Access, DmaFault, Host, Refusal
+from guestmem.check.invariants import PROPERTIES
 from guestmem.cpu.engine import GuestMemory
 from guestmem.cpu.scripted import Load, ScriptedEngine, Store
 from guestmem.host import Gmem, Vm
 from guestmem.iommu.addresses import IoPage
 from guestmem.iommu.leaves import GmemLeaf
 from guestmem.iommu.script import DeviceHandle, IoasHandle
-from guestmem.memory import PAGE_SIZE, PageIndex, Pfn
+from guestmem.memory import PAGE_SIZE, PageIndex, Pfn, Range
 from guestmem.memory.pages import ORDER_2M
 from guestmem.uapi.kvm import VmType
 
@@ -35,13 +36,13 @@ class Huge:
         self.gmem: Gmem = self.vm.create_guest_memfd(2 * M2, mmap=True, order=ORDER_2M)
         self.vm.set_memory_region(0, slot_at, 2 * M2, gmem=self.gmem)
         vcpu = self.vm.create_vcpu()
-        self.vm.launch.start(0x30000)
+        self.vm.launch.start()
         self.vm.launch.finish()
         vcpu.run()
-        iommu = self.host.open_iommu()
-        self.space: IoasHandle = iommu.alloc_ioas()
-        self.device: DeviceHandle = iommu.bind(self.host.new_dma_device(page_requests=False))
-        self.device.attach(iommu.alloc_hwpt(self.space, trusted=True))
+        self.iommu = self.host.open_iommu()
+        self.space: IoasHandle = self.iommu.alloc_ioas()
+        self.device: DeviceHandle = self.iommu.bind(self.host.new_dma_device(page_requests=False))
+        self.device.attach(self.iommu.alloc_hwpt(self.space, trusted=True))
 
     def _engine(self, memory: GuestMemory) -> ScriptedEngine:
         return ScriptedEngine(memory, self._script)
@@ -185,3 +186,18 @@ def test_many_leaves_come_and_go(snp: Huge) -> None:
     assert sum(map(len, domain._frames._pages.values())) < 80 + 2 * 64
     snp.gmem.convert(0, K, Access.SHARED)
     assert snp.orders() == {ORDER_2M: 1, 0: 511}
+
+
+def test_a_reachable_page_of_a_guest_breaks_s1_and_a_wrong_size_s13(snp: Huge) -> None:
+    """The properties look at the RMP: an untrusted leaf over a guest's page, a trusted one that is too small."""
+    domain = snp.space.ioas.domains[0]
+    leaf = domain.table.lookup(PAGE)
+    assert isinstance(leaf, GmemLeaf)
+    stranger = snp.iommu.bind(snp.host.new_dma_device())
+    stranger.attach(snp.space)
+    snp.space.ioas.domains[1].table.map(PAGE, ORDER_2M, leaf)
+    assert any("reaches pfn" in facts for facts in PROPERTIES["S1"].broken(snp.host))
+    snp.space.ioas.domains[1].table.zap(Range(PAGE, leaf.end))
+    domain.table.map(PAGE, 0, leaf.part(PAGE, 0))
+    assert any("entries of another size" in facts for facts in PROPERTIES["S13"].broken(snp.host))
+    domain.forget(Range(PAGE, leaf.end))

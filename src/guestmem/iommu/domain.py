@@ -226,7 +226,11 @@ class Domain:
         )
 
     def check(self) -> None:
-        """Nothing is cached that the table does not have, and no window is open at a quiet moment."""
+        """Nothing is cached that the table does not have, T=1 leaves agree with the ownership tables, and no window is
+        open at a quiet moment."""
+        for _, _, leaf in self.table.leaves() if self.trusted else ():
+            agrees = not isinstance(leaf, GmemLeaf) or leaf.rules is None or leaf.rules.fits(leaf.block)
+            assert agrees, f"S13: {leaf} is over entries of another size, or none"
         for leaf in self.iotlb.leaves():
             current = self.table.lookup(leaf.page)
             assert current is not None and current.hva_at(leaf.page) == leaf.hva_at(leaf.page), f"S3: stale {leaf}"

@@ -3,7 +3,9 @@
 An RMPUPDATE flushes the IOTLB, so looking at every access is the same as looking at every walk.
 
 Source: Alexey Kardashevskiy, 28 January 2026 (linux-iommu): the end of a walk is rounded down to the nearest size that
-RMP entries have, and the entry must be of that size; no other is tried. spec/semantics.md section 11.
+RMP entries have, and the entry must be of that size; no other is tried. Ashish Kalra, AMDESE/AMDSEV issue 109: all DMA
+of untrusted devices, to and from, is checked to be with shared memory; 20 January 2023: large leaves over mixed pages
+fault. spec/semantics.md section 11.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class SnpDma:
 
     def check(self, block: Block, pfn: Pfn, *, trusted: bool, write: bool) -> bool:
         """A shared leaf shows pages of the host only; a private one pages that are the guest's, validated, and in an
-        entry of the leaf's size. Anything else is a fault of the IOMMU. From memory: that reads are faults too."""
+        entry of the leaf's size. Anything else is a fault of the IOMMU, for reads as for writes."""
         if trusted:
             found = self._rmp.lookup(pfn)
             if found is not None and self._has(pfn, self._wants_large(block)) and found[1].validated:
