@@ -84,6 +84,16 @@ def test_a_vcpu_that_firmware_does_not_know(vm_type: VmType) -> None:
     bench.close()
 
 
+def test_a_helper_has_no_vcpu_that_firmware_knows() -> None:
+    bench = _bench(VmType.SNP)
+    helper = bench.host.create_vm(VmType.SNP)
+    helper.copy_enc_context_from(bench.vm)
+    assert bench.vcpu(vm=helper).run() == FailEntryExit("VMRUN", "VMEXIT_INVALID")
+    assert bench.vm.kvm.vcpus[0].guest_mode is not None
+    assert isinstance(bench.run(bench.vm.kvm.vcpus[0].run()), HltExit)
+    bench.close()
+
+
 def test_a_vcpu_without_vmsa() -> None:
     bench = _bench(VmType.SNP)
     assert bench.vcpu(number=1).run() == FailEntryExit("VMRUN", "VMEXIT_INVALID")

@@ -201,3 +201,16 @@ def test_4k_of_a_page_that_the_rmp_has_as_2m() -> None:
     leaf = bench.vm.kvm.stage2.lookup(Gfn(1), Access.PRIVATE)
     assert leaf is not None and leaf.order == 0
     bench.close()
+
+
+def test_it_moves_with_the_identity(guest: Guest) -> None:
+    """What the guest asked for last is asked of the vCPU that has the number now."""
+    _boss(guest, *MAKE_VMSA, Write(VMSA, vmsa.save(bytes(K), START, Sregs())), *CREATE_AP)
+    new = guest.bench.host.create_vm(VmType.SNP)
+    new.set_memory_region(0, 0, 4 * K, gmem=new.link_guest_memfd(guest.gmem))
+    vcpu = guest.bench.vcpu(Load(0), vm=new)
+    new.move_enc_context_from(guest.vm)
+    assert vcpu.run() == HltExit()
+    assert isinstance(vcpu.engine, ScriptedEngine)
+    assert vcpu.engine.loaded == [7]
+    assert vcpu.engine.get_regs() == START

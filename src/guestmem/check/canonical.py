@@ -287,6 +287,7 @@ FRAMES = {
     "Machine._guarded": _guarded,
     "IommuGmemContext.map_page": _map_page,
     "page_fault": _page_fault,
+    "_look_up": _page_fault,
     "Srcu.synchronize": _synchronize,
     "WaitQueue.wait_until": _wait_until,
 }

@@ -91,6 +91,10 @@ async def _move(kvm: Kvm, source: Kvm) -> None:
         for each in (kvm, source):
             for vcpu in each.vcpus.values():
                 vcpu.identity = each.machine.identity
+        for number in kvm.vcpus.keys() & source.vcpus.keys():
+            to, origin = kvm.vcpus[number].guest_mode, source.vcpus[number].guest_mode
+            if to is not None and origin is not None:
+                to.take_over(origin)
         if source.mirror_of is not None:
             owner, source.mirror_of = source.mirror_of, None
             kvm.mirror_of = owner

@@ -58,7 +58,6 @@ async def _fault(vcpu: Vcpu, gfn: Gfn, leaf: Leaf | None, smaller: bool) -> Exit
         if refusal.errno not in (errno.EFAULT, EHWPOISON):
             raise
         return MemoryFaultExit(gpa, PAGE_SIZE, True, refusal)
-    await vcpu.kvm.scheduler.cond_resched("instruction repeated")
     return None
 
 

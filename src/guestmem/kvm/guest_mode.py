@@ -18,20 +18,20 @@ import errno
 from typing import TYPE_CHECKING
 
 from guestmem.arch import FirmwareError
-from guestmem.cpu.engine import Halt, Pvalidate, Rmpadjust, SliceOver, Stop
+from guestmem.cpu.engine import Halt, Pvalidate, Rmpadjust, SliceOver, Stop, Tdcall
 from guestmem.kvm import state_page
 from guestmem.kvm.exits import FailEntryExit
 from guestmem.kvm.guest_calls import GUEST_CALLS
+from guestmem.kvm.tdcall import VP_VMCALL
 from guestmem.sched import Operation, park
 from guestmem.trace import Refusal
-from guestmem.uapi.kvm import KVM_MP_STATE_HALTED
+from guestmem.uapi.kvm import KVM_MP_STATE_RUNNABLE
 
 if TYPE_CHECKING:
     from guestmem.arch import GuestArchitecture
     from guestmem.kvm.vcpu import Vcpu
 
 _VCPU_BITS = 16  # more than KVM_MAX_VCPU_IDS
-_NO_EXIT = (SliceOver, Pvalidate, Rmpadjust)
 
 
 class GuestMode:
@@ -69,6 +69,11 @@ class GuestMode:
         pages = self.architecture.state_pages
         return pages is not None and (len(self.vcpu.kvm.vcpus) > 1 or pages.gfn(self.number) is not None)
 
+    @property
+    def _waits(self) -> bool:
+        """Whether the guest has still to make it run, or has ended it."""
+        return self.architecture.state_pages is not None and self.vcpu.mp_state != KVM_MP_STATE_RUNNABLE
+
     async def run(self) -> Stop | FailEntryExit:
         """One slice, from inside the guest. Raises: Refusal EINVAL `run.no_vcpu`."""
         while self.number not in self.architecture.inside:
@@ -76,14 +81,14 @@ class GuestMode:
             if not_entered is not None:
                 return not_entered
         stop = self.vcpu.engine.run()
-        if not isinstance(stop, _NO_EXIT):
+        if _is_exit(stop):
             self.leave()
         return stop
 
     async def _enter(self) -> Stop | FailEntryExit | None:
         """Try to; None to go on if it is inside, and to try again if not."""
         self.entering = True
-        if self.requested or self.vcpu.mp_state == KVM_MP_STATE_HALTED:
+        if self.requested or self._waits:
             self.entering = False
             return await self._update_or_block()
         if self._may_be_requested:
@@ -121,6 +126,12 @@ class GuestMode:
             self._save_state()
         self.entering = False
 
+    def take_over(self, other: GuestMode) -> None:
+        """The identity has come from another struct kvm, and what its vCPU of this number was asked."""
+        self.requested, self.waiting_for_reset = other.requested, other.waiting_for_reset
+        self.state_gpa, self.state_loaded = other.state_gpa, False
+        self.vcpu.mp_state = other.vcpu.mp_state
+
     def kick(self) -> None:
         """Throw it out, if it is inside."""
         if self.number in self.architecture.inside:
@@ -147,3 +158,10 @@ class GuestMode:
         pages = self.architecture.state_pages
         if pages is not None and pages.gfn(self.number) is not None:
             pages.save(self.number, self.vcpu.engine.get_regs(), self.vcpu.engine.get_sregs())
+
+
+def _is_exit(stop: Stop) -> bool:
+    """The CPU executes PVALIDATE and RMPADJUST, and the module every TDCALL but TDG.VP.VMCALL, from inside."""
+    if isinstance(stop, Tdcall):
+        return stop.leaf == VP_VMCALL
+    return not isinstance(stop, SliceOver | Pvalidate | Rmpadjust)

@@ -82,6 +82,7 @@ class Tdcalls:
             exit_ = await guest_instructions.execute(self._vcpu, accept, answers.append)
             if exit_ is not None:
                 return exit_
+            await self._vcpu.kvm.scheduler.cond_resched("TDCALL repeated")
         self._vcpu.engine.complete(answers[0])
         return None
 
