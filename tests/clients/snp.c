@@ -18,12 +18,13 @@ static int measure(struct guest *g, uint64_t gpa, uint64_t size) {
 }
 
 /* A guest of which all but the last two data pages is private; in a case. */
-static void launch(struct guest *g) {
+static void launch(struct guest *g, const char *code, const char *code_end) {
     struct sev_init init = {0};
     struct launch_start start = {.policy = POLICY_RESERVED};
     struct launch_finish end = {0};
 
     CHECK(!open_guest(g, SNP_VM, C_BIT, 0), "errno %d", errno);
+    memcpy(g->m.low + CODE, code, (size_t)(code_end - code));
     g->m.low[DATA_GPA] = 41;
     CHECK(!command(g->m.vm, INIT2, &init), "errno %d", errno);
     CHECK(!start_vcpu(g), "errno %d", errno);
@@ -68,8 +69,51 @@ static void launched_in_place(void) {
 static void by_the_c_bit(void) {
     struct guest g;
 
-    STEP(launch(&g));
+    STEP(launch(&g, guest_count, guest_count_end));
     STEP(both_views(&g));
+    close_guest(&g);
+}
+
+/*
+ * Asks for the place of the C-bit by the GHCB MSR (SEV_INFO_REQ), VMGEXIT and what comes back; then validates the third data
+ * page twice, and tells EAX and the carry flag of each.
+ */
+extern const char guest_calls[], guest_calls_end[];
+asm(".pushsection .rodata\n"
+    "guest_calls:\n"
+    "    mov $0xc0010130, %ecx\n"
+    "    mov $2, %eax\n"
+    "    xor %edx, %edx\n"
+    "    wrmsr\n"
+    "    .byte 0xf3, 0x0f, 0x01, 0xd9\n" /* vmgexit */
+    "    rdmsr\n"
+    "    shr $24, %eax\n"
+    "    out %al, $0x10\n"
+    "0:  mov $0x12000, %eax\n"
+    "    xor %ecx, %ecx\n"
+    "    mov $1, %edx\n"
+    "    .byte 0xf2, 0x0f, 0x01, 0xff\n" /* pvalidate */
+    "    setc %bl\n"
+    "    out %al, $0x10\n"
+    "    mov %bl, %al\n"
+    "    out %al, $0x10\n"
+    "    jmp 0b\n"
+    "guest_calls_end:\n"
+    ".popsection\n");
+
+static void calls(void) {
+    enum { UNMEASURED = DATA_GPA + 2 * PAGE };
+    static const int expected[] = {C_BIT_POSITION, 0, 0, 0, 1};
+    struct guest g;
+
+    STEP(launch(&g, guest_calls, guest_calls_end));
+    CHECK(!convert(g.gmem, UNMEASURED, PAGE, true), "errno %d", errno);
+    for (size_t i = 0; i < sizeof(expected) / sizeof(*expected); i++) {
+        uint32_t exit_ = enter(&g);
+
+        CHECK(told(&g, exit_) == expected[i], "%zu: exit %u, %d", i, exit_, told(&g, exit_));
+    }
+    CHECK(access_is_refused(g.m.low + UNMEASURED, -1), "the host reads a private page");
     close_guest(&g);
 }
 
@@ -77,7 +121,7 @@ static void a_shared_page_table(void) {
     struct guest g;
     uint32_t exit_;
 
-    STEP(launch(&g));
+    STEP(launch(&g, guest_count, guest_count_end));
     CHECK(!convert(g.gmem, PD, PAGE, false), "errno %d", errno);
     exit_ = enter(&g);
     CHECK(faulted(&g, exit_, PD, true), "exit %u", exit_);
@@ -135,6 +179,7 @@ int main(void) {
         {"launched in place", launched_in_place},
         {"by the C-bit", by_the_c_bit},
         {"a shared page table", a_shared_page_table},
+        {"PVALIDATE and VMGEXIT", calls},
         {"a corrected CPUID page", corrected_cpuid},
         {"the C-bit in CPUID", the_c_bit_in_cpuid},
         {"not for others", not_for_others},

@@ -49,20 +49,55 @@ static void launched_in_place(void) {
     close_guest(&g);
 }
 
-static void by_the_shared_bit(void) {
-    struct guest g;
+/* A TD of which all but the last two data pages is private; in a case. */
+static void launch(struct guest *g, const char *code, const char *code_end) {
     struct init_vm init = default_init_vm();
 
-    CHECK(!open_guest(&g, TDX_VM, 0, SHARED_BIT), "errno %d", errno);
-    CHECK(!split_irqchip(g.m.vm), "errno %d", errno);
-    g.m.low[DATA_GPA] = 41;
-    CHECK(!command(g.m.vm, INIT_VM, 0, &init), "errno %d", errno);
-    CHECK(!start_vcpu(&g), "errno %d", errno);
-    CHECK(!command(g.m.vcpu, INIT_VCPU, 0, NULL), "errno %d", errno);
-    CHECK(!measure(&g, 0, MEASURED), "errno %d", errno);
-    CHECK(!measure(&g, DATA_GPA, 2 * PAGE), "errno %d", errno);
-    CHECK(!command(g.m.vm, FINALIZE_VM, 0, NULL), "errno %d", errno);
+    CHECK(!open_guest(g, TDX_VM, 0, SHARED_BIT), "errno %d", errno);
+    CHECK(!split_irqchip(g->m.vm), "errno %d", errno);
+    memcpy(g->m.low + CODE, code, (size_t)(code_end - code));
+    g->m.low[DATA_GPA] = 41;
+    CHECK(!command(g->m.vm, INIT_VM, 0, &init), "errno %d", errno);
+    CHECK(!start_vcpu(g), "errno %d", errno);
+    CHECK(!command(g->m.vcpu, INIT_VCPU, 0, NULL), "errno %d", errno);
+    CHECK(!measure(g, 0, MEASURED), "errno %d", errno);
+    CHECK(!measure(g, DATA_GPA, 2 * PAGE), "errno %d", errno);
+    CHECK(!command(g->m.vm, FINALIZE_VM, 0, NULL), "errno %d", errno);
+}
+
+static void by_the_shared_bit(void) {
+    struct guest g;
+
+    STEP(launch(&g, guest_count, guest_count_end));
     STEP(both_views(&g));
+    close_guest(&g);
+}
+
+/* Accepts the third data page by TDG.MEM.PAGE.ACCEPT, for ever, and tells the lowest byte of the upper half of RAX. */
+extern const char guest_accept[], guest_accept_end[];
+asm(".pushsection .rodata\n"
+    "guest_accept:\n"
+    "    mov $6, %eax\n"
+    "    mov $0x12000, %ecx\n"
+    "    .byte 0x66, 0x0f, 0x01, 0xcc\n" /* tdcall */
+    "    shr $32, %rax\n"
+    "    out %al, $0x10\n"
+    "    jmp guest_accept\n"
+    "guest_accept_end:\n"
+    ".popsection\n");
+
+static void accepted(void) {
+    enum { PENDING = DATA_GPA + 2 * PAGE, ALREADY_ACCEPTED = 0x0a /* of 0x00000b0a */ };
+    struct guest g;
+    uint32_t exit_;
+
+    STEP(launch(&g, guest_accept, guest_accept_end));
+    CHECK(!convert(g.gmem, PENDING, PAGE, true), "errno %d", errno);
+    exit_ = enter(&g);
+    CHECK(told(&g, exit_) == 0, "exit %u, %d", exit_, told(&g, exit_));
+    exit_ = enter(&g);
+    CHECK(told(&g, exit_) == ALREADY_ACCEPTED, "exit %u, %d", exit_, told(&g, exit_));
+    CHECK(access_is_refused(g.m.low + PENDING, -1), "the host reads a private page");
     close_guest(&g);
 }
 
@@ -73,6 +108,7 @@ int main(void) {
     } cases[] = {
         {"launched in place", launched_in_place},
         {"by the shared bit", by_the_shared_bit},
+        {"accepted by TDCALL", accepted},
     };
 
     open_kvm();
