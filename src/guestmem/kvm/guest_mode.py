@@ -127,9 +127,11 @@ class GuestMode:
         self.entering = False
 
     def take_over(self, other: GuestMode) -> None:
-        """The identity has come from another struct kvm, and what its vCPU of this number was asked."""
+        """The identity has come from another struct kvm, and what its vCPU of this number was asked. A page that the
+        guest made holds its registers; those in KVM's own page are in the engine, so they are the VMM's to bring."""
+        pages = self.architecture.state_pages
         self.requested, self.waiting_for_reset = other.requested, other.waiting_for_reset
-        self.state_gpa, self.state_loaded = other.state_gpa, False
+        self.state_gpa, self.state_loaded = other.state_gpa, pages is None or pages.gfn(self.number) is None
         self.vcpu.mp_state = other.vcpu.mp_state
 
     def kick(self) -> None:
