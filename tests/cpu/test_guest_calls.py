@@ -103,6 +103,9 @@ def test_a_td_has_tdcall(start: Start) -> None:
     """Source: GAS x86-64-tdx.d; SDM volume 2, TDCALL."""
     guest = start(SHARED_BIT, TDCALL, rax=6)
     assert guest.run() == Tdcall(6)
+    assert guest.engine.get_regs().rip == CODE
+    assert guest.run() == Tdcall(6), "it is repeated until it is answered"
+    guest.engine.complete(0)
     assert guest.engine.get_regs().rip == CODE + 4
 
 

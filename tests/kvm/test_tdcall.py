@@ -12,7 +12,7 @@ from guestmem.cpu.engine import Pvalidate, Vmgexit
 from guestmem.cpu.scripted import Load, Store
 from guestmem.kvm import tdcall
 from guestmem.kvm.exits import HltExit, HypercallExit, InternalErrorExit, MemoryFaultExit, SystemEventExit
-from guestmem.memory import PAGE_SIZE
+from guestmem.memory import PAGE_SIZE, Access
 from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_SYSTEM_EVENT_TDX_FATAL, VmType
 from tests.kvm.guest_calls import Guest
 
@@ -55,6 +55,15 @@ def test_acceptance_of_what_is_no_private_page(guest: Guest, gpa: int) -> None:
     exit_ = guest.tdcall(tdcall.MEM_PAGE_ACCEPT, rcx=gpa)
     assert isinstance(exit_, MemoryFaultExit)
     assert (exit_.gpa, exit_.private) == (gpa, True)
+    assert not guest.engine().completed
+
+
+def test_acceptance_goes_on_when_the_page_has_become_private(guest: Guest) -> None:
+    """The VMM converts at the memory fault; the TDCALL is not lost."""
+    assert isinstance(guest.tdcall(tdcall.MEM_PAGE_ACCEPT, rcx=3 * K), MemoryFaultExit)
+    guest.gmem.convert(3 * K, K, Access.PRIVATE)
+    assert guest.run() == HltExit()
+    assert guest.engine().completed == [0]
 
 
 def test_a_leaf_that_the_module_does_not_have(guest: Guest) -> None:

@@ -177,8 +177,8 @@ class Vmgexit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tdcall:
-    """TDCALL, by a TD. Past the instruction. The leaf is in RAX and its arguments in the other registers; `complete`
-    gives the new RAX, `set_regs` before it the other results. `raise_exception` ends it."""
+    """TDCALL, by a TD. The leaf is in RAX and its arguments in the other registers; `complete` gives the new RAX,
+    `set_regs` before it the other results. `raise_exception` ends it; run without either repeats it."""
 
     leaf: int
 

@@ -28,7 +28,7 @@ from guestmem.cpu.uc_core import Core
 from guestmem.cpu.x86_env import GENERAL, SEGMENTS
 
 GuestCall: TypeAlias = Hypercall | Pvalidate | Rmpadjust | Vmgexit | Tdcall
-PAST_INSTRUCTION = (Hypercall, Vmgexit, Tdcall)
+PAST_INSTRUCTION = (Hypercall, Vmgexit)
 """At these stops RIP is past the instruction; at the others it is moved by `complete`."""
 
 _LENGTH_MAX, _ESCAPE = 15, b"\x0f\x01"
@@ -86,6 +86,7 @@ class GuestCalls:
                 self._msrs.set(GHCB, value & _MASK_64)
             case Tdcall():
                 env.regs[_RAX] = value & _MASK_64
+                self._move_past()
             case Pvalidate():
                 self._return(value & _MASK_32)
                 env.eflags = env.eflags & ~_CF | (_CF if value >> 32 & 1 else 0)

@@ -82,7 +82,7 @@ class ScriptedEngine:
             return Halt()
         access = self.script[self.done]
         if isinstance(access, Call):
-            self._at_call = isinstance(access, Pvalidate | Rmpadjust)
+            self._at_call = not isinstance(access, Vmgexit)
             self.done += not self._at_call
             return access
         write = not isinstance(access, Load)

@@ -76,15 +76,9 @@ class Tdcalls:
         return self._forward() if self.next < self.end else self._answer(SUCCESS)
 
     async def _accept(self, operand: int) -> Exit | None:
-        """Until it is done: TDCALL is past its instruction, so it is repeated here."""
-        accept, answers = Accept(operand & _ACCEPT_GPA, bool(operand & 7)), list[int]()
-        while not answers:
-            exit_ = await guest_instructions.execute(self._vcpu, accept, answers.append)
-            if exit_ is not None:
-                return exit_
-            await self._vcpu.kvm.scheduler.cond_resched("TDCALL repeated")
-        self._vcpu.engine.complete(answers[0])
-        return None
+        """A page that is not mapped is an EPT violation, and the guest repeats its TDCALL."""
+        accept = Accept(operand & _ACCEPT_GPA, bool(operand & 7))
+        return await guest_instructions.execute(self._vcpu, accept, self._vcpu.engine.complete)
 
     def _map_gpa(self, gpa: int, size: int) -> Exit | None:
         kvm = self._vcpu.kvm
