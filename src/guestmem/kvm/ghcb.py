@@ -13,6 +13,7 @@ Source: arch/x86/kvm/svm/sev.c sev_handle_vmgexit, sev_es_validate_vmgexit, snp_
 from __future__ import annotations
 
 import struct
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from guestmem.cpu.engine import Vmgexit
@@ -137,29 +138,33 @@ class Ghcb:
         return answer
 
     async def _event(self, request: Request) -> Exit | None:
+        return await _HANDLERS[request.values["exit_code"]](self, request)
+
+    async def _begin_page_state_change(self, request: Request) -> Exit | None:
+        buffer = self._scratch(request.values["scratch"], request.values["exit_info_2"])
+        if buffer is None:
+            return await self._answer(MALFORMED_INPUT, INVALID_SCRATCH_AREA)
+        self.page_state = PageStateChange(self._vcpu.kvm, buffer)
+        return await self._page_state_change(await self.page_state.next())
+
+    async def _ap_creation(self, request: Request) -> Exit | None:
         info_1, info_2 = request.values["exit_info_1"], request.values["exit_info_2"]
-        match request.values["exit_code"]:
-            case code if code == PAGE_STATE_CHANGE:
-                buffer = self._scratch(request.values["scratch"], info_2)
-                if buffer is None:
-                    return await self._answer(MALFORMED_INPUT, INVALID_SCRATCH_AREA)
-                self.page_state = PageStateChange(self._vcpu.kvm, buffer)
-                return await self._page_state_change(await self.page_state.next())
-            case code if code == AP_CREATION:
-                done = await snp_ap.creation(self._vcpu.kvm, info_1, info_2, request.get("rax"))
-                return await (self._answer(0, 0) if done else self._answer(MALFORMED_INPUT, INVALID_INPUT))
-            case code if code == HV_FEATURES:
-                return await self._answer(0, ghcb_msr.FEATURES)
-            case code if code == TERM_REQUEST:
-                return SystemEventExit(KVM_SYSTEM_EVENT_SEV_TERM, (self.gpa,))
-            case code if code == EXIT_HLT:
-                await self._answer(0, 0)
-                return HltExit()
-            case code if code == EXIT_CPUID:
-                found = ghcb_msr.cpuid(self._vcpu, request.get("rax"), request.get("rcx"))
-                return await self._answer(0, 0, **dict(zip(("rax", "rbx", "rcx", "rdx"), found, strict=True)))
-            case _:
-                return await self._hypercall(request)
+        done = await snp_ap.creation(self._vcpu.kvm, info_1, info_2, request.get("rax"))
+        return await (self._answer(0, 0) if done else self._answer(MALFORMED_INPUT, INVALID_INPUT))
+
+    async def _hv_features(self, _: Request) -> Exit | None:
+        return await self._answer(0, ghcb_msr.FEATURES)
+
+    async def _terminate(self, _: Request) -> Exit | None:
+        return SystemEventExit(KVM_SYSTEM_EVENT_SEV_TERM, (self.gpa,))
+
+    async def _halt(self, _: Request) -> Exit | None:
+        await self._answer(0, 0)
+        return HltExit()
+
+    async def _cpuid(self, request: Request) -> Exit | None:
+        found = ghcb_msr.cpuid(self._vcpu, request.get("rax"), request.get("rcx"))
+        return await self._answer(0, 0, **dict(zip(("rax", "rbx", "rcx", "rdx"), found, strict=True)))
 
     async def _hypercall(self, request: Request) -> Exit | None:
         """Source: ____kvm_emulate_hypercall."""
@@ -205,3 +210,15 @@ class Ghcb:
         page[_VALID : _VALID + _VALID_BYTES] = bitmap.to_bytes(_VALID_BYTES, "little")
         write_host(hva, bytes(page))
         return None
+
+
+_HANDLERS: dict[int, Callable[[Ghcb, Request], Awaitable[Exit | None]]] = {
+    EXIT_CPUID: Ghcb._cpuid,
+    EXIT_HLT: Ghcb._halt,
+    EXIT_VMMCALL: Ghcb._hypercall,
+    PAGE_STATE_CHANGE: Ghcb._begin_page_state_change,
+    AP_CREATION: Ghcb._ap_creation,
+    HV_FEATURES: Ghcb._hv_features,
+    TERM_REQUEST: Ghcb._terminate,
+}
+assert _HANDLERS.keys() == _NEEDS.keys()

@@ -5,6 +5,7 @@ Source: arch/x86/include/asm/sev-common.h; arch/x86/kvm/svm/sev.c sev_handle_vmg
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from guestmem.kvm.exits import HypercallExit, SystemEventExit
@@ -33,24 +34,34 @@ _DATA = (1 << 52) - 1
 
 def answer(vcpu: Vcpu, value: int) -> int | HypercallExit | SystemEventExit:
     """The new value of the MSR, or what userspace is to do. A request that KVM does not know leaves the value alone."""
-    match value & INFO_MASK:
-        case code if code == SEV_INFO_REQ:
-            return _VERSION_MAX << 48 | _VERSION_MIN << 32 | _C_BIT << 24 | SEV_INFO_RESP
-        case code if code == CPUID_REQ:
-            found = cpuid(vcpu, value >> 32, 0)[value >> 30 & 3]
-            return found << 32 | value & 0xFFFFF000 | CPUID_RESP
-        case code if code == HV_FT_REQ:
-            return FEATURES << 12 | HV_FT_RESP
-        case code if code == PREF_GPA_REQ:
-            return _DATA << 12 | PREF_GPA_RESP
-        case code if code == REG_GPA_REQ:
-            return value & ~INFO_MASK | REG_GPA_RESP
-        case code if code == PSC_REQ:
-            return _page_state_change(vcpu, value)
-        case code if code == TERM_REQ:
-            return SystemEventExit(KVM_SYSTEM_EVENT_SEV_TERM, (value,))
-        case _:
-            return value
+    answer = _ANSWERS.get(value & INFO_MASK)
+    return value if answer is None else answer(vcpu, value)
+
+
+def _sev_info(vcpu: Vcpu, value: int) -> int:
+    return _VERSION_MAX << 48 | _VERSION_MIN << 32 | _C_BIT << 24 | SEV_INFO_RESP
+
+
+def _cpuid(vcpu: Vcpu, value: int) -> int:
+    found = cpuid(vcpu, value >> 32, 0)[value >> 30 & 3]
+    return found << 32 | value & 0xFFFFF000 | CPUID_RESP
+
+
+def _hv_features(vcpu: Vcpu, value: int) -> int:
+    return FEATURES << 12 | HV_FT_RESP
+
+
+def _preferred_gpa(vcpu: Vcpu, value: int) -> int:
+    """None: the guest chooses."""
+    return _DATA << 12 | PREF_GPA_RESP
+
+
+def _register_gpa(vcpu: Vcpu, value: int) -> int:
+    return value & ~INFO_MASK | REG_GPA_RESP
+
+
+def _terminate(vcpu: Vcpu, value: int) -> SystemEventExit:
+    return SystemEventExit(KVM_SYSTEM_EVENT_SEV_TERM, (value,))
 
 
 def cpuid(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
@@ -65,3 +76,14 @@ def _page_state_change(vcpu: Vcpu, value: int) -> int | HypercallExit:
         return PSC_RESP_ERROR
     attributes = KVM_MAP_GPA_RANGE_ENCRYPTED if operation == PRIVATE else 0
     return HypercallExit(KVM_HC_MAP_GPA_RANGE, (gpa, 1, attributes))
+
+
+_ANSWERS: dict[int, Callable[[Vcpu, int], int | HypercallExit | SystemEventExit]] = {
+    SEV_INFO_REQ: _sev_info,
+    CPUID_REQ: _cpuid,
+    HV_FT_REQ: _hv_features,
+    PREF_GPA_REQ: _preferred_gpa,
+    REG_GPA_REQ: _register_gpa,
+    PSC_REQ: _page_state_change,
+    TERM_REQ: _terminate,
+}

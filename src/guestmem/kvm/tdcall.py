@@ -10,11 +10,13 @@ tdx_report_fatal_error; Intel TDX GHCI, TDG.VP.VMCALL; TDX module ABI specificat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from guestmem.arch.architecture import Accept
 from guestmem.arch.tdx.status import Operand, Status
 from guestmem.cpu.engine import Tdcall
+from guestmem.cpu.registers import Regs
 from guestmem.kvm import guest_instructions
 from guestmem.kvm.exits import Exit, HypercallExit, SystemEventExit
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE
@@ -56,17 +58,16 @@ class Tdcalls:
         if stop.leaf != VP_VMCALL:
             self._vcpu.engine.complete(_NO_SUCH_LEAF)
             return None
-        match None if regs.r10 else regs.r11:
-            case code if code == MAP_GPA:
-                return self._map_gpa(regs.r12, regs.r13)
-            case code if code == GET_TD_VM_CALL_INFO:
-                return self._answer(INVALID_OPERAND if regs.r12 else SUCCESS, 0, r12=0, r13=0, r14=0)
-            case code if code == REPORT_FATAL_ERROR:
-                data = (regs.rax, regs.rcx, regs.rdx, regs.rbx, 0, 0, regs.rsi, regs.rdi, regs.r8, regs.r9)
-                rest = (regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15)
-                return SystemEventExit(KVM_SYSTEM_EVENT_TDX_FATAL, data + rest)
-            case _:
-                return self._answer(SUBFUNC_UNSUPPORTED)
+        call = None if regs.r10 else _VMCALLS.get(regs.r11)
+        return self._answer(SUBFUNC_UNSUPPORTED) if call is None else call(self, regs)
+
+    def _get_info(self, regs: Regs) -> Exit | None:
+        return self._answer(INVALID_OPERAND if regs.r12 else SUCCESS, 0, r12=0, r13=0, r14=0)
+
+    def _fatal_error(self, regs: Regs) -> Exit | None:
+        data = (regs.rax, regs.rcx, regs.rdx, regs.rbx, 0, 0, regs.rsi, regs.rdi, regs.r8, regs.r9)
+        rest = (regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15)
+        return SystemEventExit(KVM_SYSTEM_EVENT_TDX_FATAL, data + rest)
 
     async def complete(self, ret: int) -> Exit | None:
         """Userspace has answered KVM_EXIT_HYPERCALL for one part of MapGPA."""
@@ -80,8 +81,8 @@ class Tdcalls:
         accept = Accept(operand & _ACCEPT_GPA, bool(operand & 7))
         return await guest_instructions.execute(self._vcpu, accept, self._vcpu.engine.complete)
 
-    def _map_gpa(self, gpa: int, size: int) -> Exit | None:
-        kvm = self._vcpu.kvm
+    def _map_gpa(self, regs: Regs) -> Exit | None:
+        kvm, gpa, size = self._vcpu.kvm, regs.r12, regs.r13
         limit = 1 << MAX_PHYSICAL_ADDRESS_BITS
         if not kvm.enabled_hypercalls >> KVM_HC_MAP_GPA_RANGE & 1:
             return self._answer(SUBFUNC_UNSUPPORTED, gpa)
@@ -105,3 +106,10 @@ class Tdcalls:
         engine.set_regs(dataclasses.replace(engine.get_regs(), r10=status, **more))
         engine.complete(SUCCESS)
         return None
+
+
+_VMCALLS: dict[int, Callable[[Tdcalls, Regs], Exit | None]] = {
+    GET_TD_VM_CALL_INFO: Tdcalls._get_info,
+    MAP_GPA: Tdcalls._map_gpa,
+    REPORT_FATAL_ERROR: Tdcalls._fatal_error,
+}
