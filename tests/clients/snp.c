@@ -4,35 +4,9 @@
  * the host that makes a page shared again finds ciphertext.
  */
 #define _GNU_SOURCE
-#include "protected.h"
 #include "snp.h"
 
-enum { C_BIT_POSITION = 51, ENCRYPTION_LEAF = 0x8000001f, SEV_AND_SNP = 1 << 1 | 1 << 4 };
-#define C_BIT (1ULL << C_BIT_POSITION)
-
-/* Make pages private and measure them. */
-static int measure(struct guest *g, uint64_t gpa, uint64_t size) {
-    struct launch_update update = {.gfn_start = gpa / PAGE, .len = size, .type = NORMAL};
-
-    return convert(g->gmem, gpa, size, true) || command(g->m.vm, LAUNCH_UPDATE, &update) ? -1 : 0;
-}
-
-/* A guest of which all but the last two data pages is private; in a case. */
-static void launch(struct guest *g, const char *code, const char *code_end) {
-    struct sev_init init = {0};
-    struct launch_start start = {.policy = POLICY_RESERVED};
-    struct launch_finish end = {0};
-
-    CHECK(!open_guest(g, SNP_VM, C_BIT, 0), "errno %d", errno);
-    memcpy(g->m.low + CODE, code, (size_t)(code_end - code));
-    g->m.low[DATA_GPA] = 41;
-    CHECK(!command(g->m.vm, INIT2, &init), "errno %d", errno);
-    CHECK(!start_vcpu(g), "errno %d", errno);
-    CHECK(!command(g->m.vm, LAUNCH_START, &start), "errno %d, firmware %u", errno, firmware_error);
-    CHECK(!measure(g, 0, MEASURED), "errno %d, firmware %u", errno, firmware_error);
-    CHECK(!measure(g, DATA_GPA, 2 * PAGE), "errno %d, firmware %u", errno, firmware_error);
-    CHECK(!command(g->m.vm, LAUNCH_FINISH, &end), "errno %d, firmware %u", errno, firmware_error);
-}
+enum { ENCRYPTION_LEAF = 0x8000001f, SEV_AND_SNP = 1 << 1 | 1 << 4 };
 
 static void launched_in_place(void) {
     struct guest g;
@@ -69,7 +43,9 @@ static void launched_in_place(void) {
 static void by_the_c_bit(void) {
     struct guest g;
 
-    STEP(launch(&g, guest_count, guest_count_end));
+    STEP(open_launch(&g, guest_count, guest_count_end));
+    g.m.low[DATA_GPA] = 41;
+    STEP(finish_launch(&g));
     STEP(both_views(&g));
     close_guest(&g);
 }
@@ -106,7 +82,9 @@ static void calls(void) {
     static const int expected[] = {C_BIT_POSITION, 0, 0, 0, 1};
     struct guest g;
 
-    STEP(launch(&g, guest_calls, guest_calls_end));
+    STEP(open_launch(&g, guest_calls, guest_calls_end));
+    g.m.low[DATA_GPA] = 41;
+    STEP(finish_launch(&g));
     CHECK(!convert(g.gmem, UNMEASURED, PAGE, true), "errno %d", errno);
     for (size_t i = 0; i < sizeof(expected) / sizeof(*expected); i++) {
         uint32_t exit_ = enter(&g);
@@ -121,7 +99,9 @@ static void a_shared_page_table(void) {
     struct guest g;
     uint32_t exit_;
 
-    STEP(launch(&g, guest_count, guest_count_end));
+    STEP(open_launch(&g, guest_count, guest_count_end));
+    g.m.low[DATA_GPA] = 41;
+    STEP(finish_launch(&g));
     CHECK(!convert(g.gmem, PD, PAGE, false), "errno %d", errno);
     exit_ = enter(&g);
     CHECK(faulted(&g, exit_, PD, true), "exit %u", exit_);

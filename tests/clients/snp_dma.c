@@ -5,64 +5,11 @@
 #define _GNU_SOURCE
 #include "../../examples/clients/iommu.h"
 
-#include "client.h"
+#include "snp.h"
 
-enum { SNP_VM = 4, INIT2 = 22, LAUNCH_START = 100, LAUNCH_UPDATE = 101, LAUNCH_FINISH = 102 };
-enum { NORMAL = 1, POLICY_RESERVED = 1 << 17, PAGES = 2, SIZE = PAGES * PAGE, FILLED = 77 };
+enum { PAGES = 2, SIZE = PAGES * PAGE, RING_GPA = DATA_GPA + PAGE, FILLED = 77 };
 #define BASE (1ull << 30)
 #define RING (BASE + PAGE)
-
-struct sev_cmd {
-    uint32_t id, pad;
-    uint64_t data;
-    uint32_t error, sev_fd;
-};
-struct sev_init {
-    uint64_t vmsa_features;
-    uint32_t flags;
-    uint16_t ghcb_version, pad1;
-    uint32_t pad2[8];
-};
-struct launch_start {
-    uint64_t policy, gosvw[2], flags_and_padding, pad[4];
-};
-struct launch_update {
-    uint64_t gfn_start, uaddr, len;
-    uint8_t type, pad0;
-    uint16_t flags;
-    uint32_t pad1;
-    uint64_t pad2[4];
-};
-struct launch_finish {
-    uint64_t id_block_uaddr, id_auth_uaddr;
-    uint8_t id_block_en, auth_key_en, vcek_disabled, host_data[32], pad0[3];
-    uint16_t flags;
-    uint64_t pad1[4];
-};
-#define MEMORY_ENCRYPT_OP _IOWR(KVMIO, 0xba, unsigned long)
-
-/* mov al, [rbx]; inc byte [rbx]; out 0x10, al */
-static const uint8_t tell_and_count[] = {0x8a, 0x03, 0xfe, 0x03, 0xe6, 0x10};
-
-static int command(int vm, uint32_t id, void *data) {
-    struct sev_cmd arguments = {.id = id, .data = (uintptr_t)data};
-    return ioctl(vm, MEMORY_ENCRYPT_OP, &arguments);
-}
-
-static int convert(int gmem, uint64_t page, uint64_t pages, bool private) {
-    struct kvm_memory_attributes2 arguments = {
-        .offset = page * PAGE, .size = pages * PAGE, .attributes = private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0};
-    return ioctl(gmem, KVM_SET_MEMORY_ATTRIBUTES2, &arguments);
-}
-
-static bool launch(int vm, int gmem) {
-    struct sev_init init = {0};
-    struct launch_start start = {.policy = POLICY_RESERVED};
-    struct launch_update update = {.gfn_start = DATA_GPA / PAGE, .len = SIZE, .type = NORMAL};
-    struct launch_finish end = {0};
-    return !convert(gmem, 0, PAGES, true) && !command(vm, INIT2, &init) && !command(vm, LAUNCH_START, &start) &&
-           !command(vm, LAUNCH_UPDATE, &update) && !command(vm, LAUNCH_FINISH, &end);
-}
 
 /* A device on an address space, by a page table of its own if it is a trusted one; its descriptor. */
 static int plug(int iommu, const char *path, uint32_t ioas, bool trusted) {
@@ -82,25 +29,29 @@ static int doorbell(int device, uint32_t count) {
     return ioctl(device, GUESTMEM_DMA_DOORBELL, &bell) ? -1 : (int)bell.done;
 }
 
-static void devices_of_a_guest(void) {
-    struct machine m;
-    uint8_t byte = 0;
+/* Whether the guest finds this byte at a private address. */
+static bool finds(struct guest *g, uint64_t gpa, int byte) {
+    return told(g, touch(g, PRIVATE_VIEW + gpa)) == byte;
+}
 
-    CHECK(!open_machine(&m, SNP_VM, tell_and_count, sizeof(tell_and_count)), "errno %d", errno);
-    int gmem = create_gmem(m.vm, SIZE, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED);
-    CHECK(!set_region(m.vm, DATA_SLOT, DATA_GPA, SIZE, NULL, gmem), "errno %d", errno);
-    uint8_t *memory = map_shared(gmem, SIZE);
-    struct dma_descriptor *ring = (void *)(memory + PAGE);
-    ring[0] = (struct dma_descriptor){.operation = DMA_FILL, .target = BASE, .length = 1, .pattern = FILLED};
-    ring[1] = (struct dma_descriptor){.operation = DMA_COPY, .source = BASE, .target = RING + 2048, .length = 1};
-    CHECK(launch(m.vm, gmem), "errno %d", errno);
+static void devices_of_a_guest(void) {
+    struct dma_descriptor ring[] = {
+        {.operation = DMA_FILL, .target = BASE, .length = 1, .pattern = FILLED},
+        {.operation = DMA_COPY, .source = BASE, .target = RING + 2048, .length = 1},
+    };
+    struct guest g;
+
+    STEP(open_launch(&g, guest_count, guest_count_end));
+    memcpy(g.m.low + RING_GPA, ring, sizeof(ring));
+    STEP(finish_launch(&g));
+    uint8_t *memory = g.m.low + DATA_GPA;
 
     int iommu = open("/dev/iommu", O_RDWR | O_CLOEXEC);
     struct iommu_ioas_alloc_ alloc = {.size = sizeof(alloc)};
     CHECK(!ioctl(iommu, IOMMU_IOAS_ALLOC_, &alloc), "errno %d", errno);
     struct iommu_ioas_map_file_ map = {.size = sizeof(map),
         .flags = IOAS_FIXED_IOVA | IOAS_READABLE | IOAS_WRITEABLE | GUESTMEM_IOAS_FOLLOW,
-        .ioas_id = alloc.out_ioas_id, .fd = gmem, .length = SIZE, .iova = BASE};
+        .ioas_id = alloc.out_ioas_id, .fd = g.gmem, .start = DATA_GPA, .length = SIZE, .iova = BASE};
     CHECK(!ioctl(iommu, IOMMU_IOAS_MAP_FILE_, &map), "errno %d", errno);
     int own = plug(iommu, "/dev/vfio/devices/vfio0", alloc.out_ioas_id, true);
     int stranger = plug(iommu, "/dev/vfio/devices/vfio1", alloc.out_ioas_id, false);
@@ -108,17 +59,15 @@ static void devices_of_a_guest(void) {
 
     CHECK(doorbell(stranger, 1) == 0, "an untrusted device reads a private ring");
     CHECK(doorbell(own, 2) == 2, "errno %d", errno);
-    CHECK(run_guest(&m, DATA_GPA, 0, &byte) && byte == FILLED, "exit %u, %u", m.run->exit_reason, byte);
-    CHECK(run_guest(&m, DATA_GPA + PAGE + 2048, 0, &byte) && byte == FILLED, "exit %u, %u", m.run->exit_reason, byte);
-    CHECK(run_guest(&m, DATA_GPA + PAGE + 4, 0, &byte) && byte == DMA_DONE, "exit %u, %u", m.run->exit_reason, byte);
-    CHECK(!convert(gmem, 0, 1, false), "errno %d", errno); /* no device stands in the way */
+    CHECK(finds(&g, DATA_GPA, FILLED), "exit %u", g.m.run->exit_reason);
+    CHECK(finds(&g, RING_GPA + 2048, FILLED), "exit %u", g.m.run->exit_reason);
+    CHECK(finds(&g, RING_GPA + 4, DMA_DONE), "exit %u", g.m.run->exit_reason);
+    CHECK(!convert(g.gmem, DATA_GPA, PAGE, false), "errno %d", errno); /* no device stands in the way */
     CHECK(memory[0] != FILLED + 1 || memory[1] || memory[2], "plaintext");
     CHECK(doorbell(own, 1) == 1, "errno %d", errno); /* to a page that is shared now */
-    CHECK(run_guest(&m, DATA_GPA + PAGE + 4, 0, &byte) && byte == DMA_FAULT, "exit %u, %u", m.run->exit_reason, byte);
+    CHECK(finds(&g, RING_GPA + 4, DMA_FAULT), "exit %u", g.m.run->exit_reason);
     close(stranger), close(own), close(iommu);
-    munmap(memory, SIZE);
-    close(gmem);
-    close_machine(&m);
+    close_guest(&g);
 }
 
 int main(void) {

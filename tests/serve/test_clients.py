@@ -12,7 +12,7 @@ import pytest
 from tests.serve.conftest import SECONDS, Done
 
 NATIVE = ("gmem_v618", "misuse", "machine")
-PROTECTED = ("snp", "tdx")
+PROTECTED = ("snp", "snp_ap", "tdx")
 OURS = (
     ("gmem_v618", "v6.18"),
     ("gmem_v618", "v7.3"),
@@ -25,6 +25,7 @@ OURS = (
     ("borders", "future"),
     ("links", "future"),
     ("snp", "future"),
+    ("snp_ap", "future"),
     ("snp_dma", "future"),
     ("tdx", "future"),
     ("preserved", "future"),
