@@ -279,7 +279,7 @@ static inline int enter_long_mode(int vcpu) {
 }
 
 /* A VM with its low memory, without a vCPU; -1 with errno if a call fails. */
-static inline int open_vm(struct machine *m, unsigned long type, const void *code, size_t code_size) {
+static inline int begin_machine(struct machine *m, unsigned long type, const void *code, size_t code_size) {
     *m = (struct machine){.vm = ioctl(kvm, KVM_CREATE_VM, type), .vcpu = -1};
     if (m->vm < 0) return -1;
     m->low = mmap(NULL, LOW_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -299,9 +299,9 @@ static inline int add_vcpu(struct machine *m) {
 }
 
 /* Everything but the data slot, for this type of VM; -1 with errno if a call fails. Protected VMs are initialised before
- * they get a vCPU: open_vm, then add_vcpu. */
+ * they get a vCPU: begin_machine, then add_vcpu. */
 static inline int open_machine(struct machine *m, unsigned long type, const void *code, size_t code_size) {
-    return open_vm(m, type, code, code_size) ? -1 : add_vcpu(m);
+    return begin_machine(m, type, code, code_size) ? -1 : add_vcpu(m);
 }
 
 static inline void close_machine(struct machine *m) {

@@ -64,10 +64,13 @@ class WatchedMachine(Machine):
         self._revalidates = revalidates
 
     def start(self, policy: Policy) -> list[Task[None]]:
+        self.before_start.append(self._end_validation)  # of what the guest has touched until then
+        return super().start(policy)
+
+    def _end_validation(self) -> None:
         snp = self.platforms[VmType.SNP]
         assert isinstance(snp, SnpPlatform)
         snp.guests_validate = self._revalidates
-        return super().start(policy)
 
     def firmware_fails(self, call: str) -> bool:
         self.calls += self.scheduler.explores
