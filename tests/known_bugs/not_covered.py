@@ -4,7 +4,7 @@ Not mutants: an entry moves out of here with the code that it is about (test_kno
 """
 
 NOT_COVERED = {
-    "B09": "no folio larger than 4K is made: huge pages",
+    "B09": "nobody collapses pages here",
     "B10": "no NUMA policy is kept",
     "B22": "no per-CPU LRU batches hold references",
     "B33": "no direct map",
