@@ -32,7 +32,7 @@ def test_there_are_many_and_each_says_what_it_is_about() -> None:
 
 
 def test_a_file_each_by_name_and_short() -> None:
-    files = {path.stem: path for path in FOLDER.glob("[a-z]*.py")}
+    files = {path.stem: path for path in FOLDER.rglob("[a-z]*.py")}
     assert set(files) == set(SCENARIOS)
     for path in files.values():
         assert len(path.read_text().splitlines()) <= 45, f"{path.name} is not short"

@@ -1,4 +1,4 @@
-"""Scenario: a small race with a name. A file each in `guestmem.check.scenarios`, or anywhere.
+"""Scenario: a small race with a name. A file each below `guestmem.check.scenarios`, or anywhere.
 
     @scenario(sometimes={"host: ok", "host: SIGBUS"})
     def convert_against_host_write(m: Machine) -> None:
@@ -104,8 +104,8 @@ def built_in() -> dict[str, Scenario]:
     from guestmem.check import scenarios
 
     found: dict[str, Scenario] = {}
-    for module in pkgutil.iter_modules(scenarios.__path__):
-        found |= in_module(importlib.import_module(f"{scenarios.__name__}.{module.name}"))
+    for module in pkgutil.walk_packages(scenarios.__path__, f"{scenarios.__name__}."):
+        found |= in_module(importlib.import_module(module.name))
     return found
 
 

@@ -1,0 +1,1 @@
+"""Realms and pKVM guests."""

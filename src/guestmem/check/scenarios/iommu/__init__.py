@@ -1,0 +1,1 @@
+"""Devices that do DMA, against all that takes their pages away."""

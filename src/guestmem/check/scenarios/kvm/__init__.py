@@ -1,0 +1,1 @@
+"""Memslots, stage 2, populate, dirty log."""

@@ -1,0 +1,1 @@
+"""Several struct kvm of one virtual machine: links, helpers, migration."""

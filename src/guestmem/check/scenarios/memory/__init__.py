@@ -1,0 +1,1 @@
+"""The provider itself: conversions, holes, poison, the end of a file."""

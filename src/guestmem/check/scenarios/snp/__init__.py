@@ -1,0 +1,1 @@
+"""SNP guests: launch, RMP, VMSAs, failing firmware."""

@@ -1,0 +1,1 @@
+"""TDs: launch, Secure EPT, acceptance, a failing module."""

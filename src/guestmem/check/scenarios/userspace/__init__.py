@@ -1,0 +1,1 @@
+"""The host's processes: mappings, forks, pins."""
