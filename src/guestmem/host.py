@@ -31,10 +31,10 @@ from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_fro
 from guestmem.kvm.exits import Exit, HltExit, ShutdownExit
 from guestmem.kvm.gmem import create_guest_memfd, set_memory_attributes2
 from guestmem.kvm.identity import IdentityPool
-from guestmem.kvm.launch_script import LaunchHandle
 from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.populate import populate
 from guestmem.kvm.prefault import pre_fault_memory
+from guestmem.kvm.protected.launch_script import LaunchHandle
 from guestmem.kvm.protection import dma_rules
 from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.vcpu import Vcpu, create_vcpu

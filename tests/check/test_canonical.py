@@ -23,7 +23,7 @@ SOURCE = Path(inspect.getfile(guestmem)).parent
 PRODUCT = [
     ast.parse(path.read_text(), filename=str(path))
     for room in ("memory", "kvm", "userspace", "iommu", "sched")
-    for path in sorted((SOURCE / room).glob("*.py"))
+    for path in sorted((SOURCE / room).rglob("*.py"))
 ]
 
 

@@ -5,7 +5,7 @@ from guestmem.kvm.vm import PinnedPage
 from guestmem.memory import write_host
 
 
-@mutant("B17", replaces="guestmem.kvm.launch:correct", breaks={"S12"})
+@mutant("B17", replaces="guestmem.kvm.protected.launch:correct", breaks={"S12"})
 def missing_dirty(source: PinnedPage, contents: bytes) -> None:
     """Skip set_dirty."""
     write_host(source.hva, contents)

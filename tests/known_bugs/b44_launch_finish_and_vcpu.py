@@ -6,7 +6,7 @@ from guestmem.check.mutants import mutant
 from guestmem.kvm.vm import Kvm
 
 
-@mutant("B44", replaces="guestmem.kvm.launch:all_vcpus", breaks={"S18"})
+@mutant("B44", replaces="guestmem.kvm.protected.launch:all_vcpus", breaks={"S18"})
 def launch_finish_and_vcpu(kvm: Kvm) -> AbstractAsyncContextManager[None]:
     """The vCPUs are not locked."""
     return nullcontext()

@@ -4,12 +4,12 @@ from typing import Any
 
 from guestmem.arch import FirmwareError
 from guestmem.check.mutants import mutant
-from guestmem.kvm.launch import _check_launching, _state
+from guestmem.kvm.protected.launch import _check_launching, _state
 from guestmem.kvm.vm import Kvm
 from guestmem.trace import Refusal
 
 
-@mutant("B49", replaces="guestmem.kvm.launch:launch_finish", breaks={"S18", "S12"})
+@mutant("B49", replaces="guestmem.kvm.protected.launch:launch_finish", breaks={"S18", "S12"})
 async def finalized_under_slots_lock(kvm: Kvm, parameters: Any = None) -> bytes:
     """Only slots_lock is taken."""
     kvm.check_alive()

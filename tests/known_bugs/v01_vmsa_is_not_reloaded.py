@@ -6,6 +6,6 @@ from guestmem.kvm.vm import Kvm
 from guestmem.memory import Range
 
 
-@mutant("V01", replaces="guestmem.kvm.state_page:reload", breaks={"S3", "S19"})
+@mutant("V01", replaces="guestmem.kvm.protected.state_page:reload", breaks={"S3", "S19"})
 async def vmsa_is_not_reloaded(kvm: Kvm, ranges: list[Range[Gfn]]) -> None:
     """An invalidation asks nobody to look the page up again."""

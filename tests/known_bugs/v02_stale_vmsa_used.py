@@ -3,11 +3,11 @@
 from guestmem.arch import Block
 from guestmem.check.mutants import mutant
 from guestmem.kvm.addresses import Gfn
-from guestmem.kvm.guest_mode import GuestMode
+from guestmem.kvm.protected.guest_mode import GuestMode
 from guestmem.kvm.stage2 import Leaf
 
 
-@mutant("V02", replaces="guestmem.kvm.state_page:_use", breaks={"S3", "S10"})
+@mutant("V02", replaces="guestmem.kvm.protected.state_page:_use", breaks={"S3", "S10"})
 def stale_vmsa_used(mode: GuestMode, leaf: Leaf, gfn: Gfn, seen: int) -> bool:
     """The sequence number is not compared."""
     block = Block(leaf.pfn, 0, leaf.hva)

@@ -7,10 +7,10 @@ from guestmem.check.machine import Call, Machine
 from guestmem.cpu.engine import Pvalidate, Rmpadjust, Vmgexit
 from guestmem.cpu.scripted import Load, Step, Store, Write
 from guestmem.host import Gmem, Vm
-from guestmem.kvm import ghcb_msr, snp_ap
 from guestmem.kvm.addresses import Gfn
-from guestmem.kvm.ghcb import AP_CREATION
-from guestmem.kvm.launch import launch_finish, launch_start, launch_update
+from guestmem.kvm.protected import ghcb_msr, snp_ap
+from guestmem.kvm.protected.ghcb import AP_CREATION
+from guestmem.kvm.protected.launch import launch_finish, launch_start, launch_update
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.memory import PAGE_SIZE, Access, PageIndex, read_host
 from guestmem.trace import Refusal

@@ -15,9 +15,10 @@ import bisect
 import errno
 from typing import TYPE_CHECKING
 
-from guestmem.kvm import protection, state_page
+from guestmem.kvm import protection
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.memslots import MemorySlot
+from guestmem.kvm.protected import state_page
 from guestmem.memory import Access, File, Inode, Invalidation, Page, PageIndex, PageRange, Range, Reason
 from guestmem.memory.notifier import BOTH
 from guestmem.trace import Refusal

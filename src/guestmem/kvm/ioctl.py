@@ -24,9 +24,9 @@ from guestmem.kvm.gmem import (
 )
 from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.prefault import pre_fault_memory
+from guestmem.kvm.protected.snp_op import snp_op
+from guestmem.kvm.protected.tdx_op import check_vcpu, tdx_op, tdx_vcpu_op
 from guestmem.kvm.set_region import set_user_memory_region2
-from guestmem.kvm.snp_op import snp_op
-from guestmem.kvm.tdx_op import check_vcpu, tdx_op, tdx_vcpu_op
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import HostAddressSpace, Kvm
 from guestmem.kvm.vm_attributes import set_memory_attributes

@@ -12,10 +12,11 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple, Protocol
 
-from guestmem.kvm import protection, state_page
+from guestmem.kvm import protection
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.memslots import MemorySlot
+from guestmem.kvm.protected import state_page
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, File, PageIndex, Range
 from guestmem.memory.notifier import BOTH

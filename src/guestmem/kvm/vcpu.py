@@ -13,7 +13,6 @@ import errno
 
 from guestmem.cpu import engine as cpu
 from guestmem.cpu.engine import Engine
-from guestmem.kvm import guest_instructions
 from guestmem.kvm.addresses import gfn_of
 from guestmem.kvm.exits import (
     Exit,
@@ -28,9 +27,10 @@ from guestmem.kvm.exits import (
     MmioExit,
     ShutdownExit,
 )
-from guestmem.kvm.guest_mode import GuestMode
 from guestmem.kvm.identity import Identity
 from guestmem.kvm.mmu import FaultResult, page_fault
+from guestmem.kvm.protected import guest_instructions
+from guestmem.kvm.protected.guest_mode import GuestMode
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access
 from guestmem.sched import Lock, LockClass, Operation, RefCount, park

@@ -11,7 +11,7 @@ import struct
 from guestmem.arch.snp import C_BIT
 from guestmem.cpu import cpuid
 from guestmem.cpu.msrs import SAVED
-from guestmem.kvm.snp_op import SUPPORTED_POLICY_BITS, SUPPORTED_VMSA_FEATURES
+from guestmem.kvm.protected.snp_op import SUPPORTED_POLICY_BITS, SUPPORTED_VMSA_FEATURES
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, kvm_run
 from guestmem.serve.call import Call

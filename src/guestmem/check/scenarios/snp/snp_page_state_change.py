@@ -5,8 +5,8 @@ from guestmem.check.protected import launched_gmem
 from guestmem.check.scenario import scenario
 from guestmem.cpu.engine import Vmgexit
 from guestmem.cpu.scripted import Load, Store
-from guestmem.kvm import ghcb_msr
 from guestmem.kvm.exits import HltExit, HypercallExit
+from guestmem.kvm.protected import ghcb_msr
 from guestmem.memory import PAGE_SIZE, Access
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED

@@ -6,7 +6,7 @@ from guestmem.check.protected import launched
 from guestmem.check.scenario import scenario
 from guestmem.cpu.engine import Tdcall
 from guestmem.cpu.scripted import Load
-from guestmem.kvm.tdcall import MEM_PAGE_ACCEPT
+from guestmem.kvm.protected.tdcall import MEM_PAGE_ACCEPT
 from guestmem.uapi.kvm import VmType
 
 ACCEPT = Tdcall(MEM_PAGE_ACCEPT)  # of the page at 0, which RCX is

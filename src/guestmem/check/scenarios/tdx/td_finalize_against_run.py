@@ -4,7 +4,7 @@ from guestmem.check.link_actors import create_vcpu
 from guestmem.check.machine import Machine
 from guestmem.check.scenario import scenario
 from guestmem.cpu.scripted import Load
-from guestmem.kvm import launch
+from guestmem.kvm.protected import launch
 from guestmem.uapi.kvm import VmType
 
 

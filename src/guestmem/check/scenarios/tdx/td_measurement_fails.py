@@ -5,7 +5,7 @@ from guestmem.check.invariants import Violation
 from guestmem.check.machine import Machine
 from guestmem.check.scenario import scenario
 from guestmem.kvm.addresses import Gfn
-from guestmem.kvm.launch import launch_finish, launch_update
+from guestmem.kvm.protected.launch import launch_finish, launch_update
 from guestmem.uapi.kvm import VmType
 
 CHUNKS = 16

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from guestmem.kvm.addresses import gfn_of
-from guestmem.kvm.launch import launch_finish, launch_start, launch_update
+from guestmem.kvm.protected.launch import launch_finish, launch_start, launch_update
 from guestmem.kvm.vm import Kvm
 
 T = TypeVar("T")

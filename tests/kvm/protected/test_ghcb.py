@@ -10,12 +10,12 @@ import pytest
 from guestmem.check.protected import ghcb
 from guestmem.cpu.engine import Tdcall, Vmgexit
 from guestmem.cpu.scripted import Write
-from guestmem.kvm import ghcb as events
-from guestmem.kvm import ghcb_msr, page_state, snp_ap
 from guestmem.kvm.exits import HltExit, HypercallExit, InternalErrorExit, SystemEventExit
+from guestmem.kvm.protected import ghcb as events
+from guestmem.kvm.protected import ghcb_msr, page_state, snp_ap
 from guestmem.memory import PAGE_SIZE, Access
 from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_SYSTEM_EVENT_SEV_TERM, VmType
-from tests.kvm.guest_calls import SHARED, Guest
+from tests.kvm.protected.guest_calls import SHARED, Guest
 
 K = PAGE_SIZE
 ENCRYPTED = 1 << 4

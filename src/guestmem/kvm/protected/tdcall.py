@@ -17,8 +17,8 @@ from guestmem.arch.architecture import Accept
 from guestmem.arch.tdx.status import Operand, Status
 from guestmem.cpu.engine import Tdcall
 from guestmem.cpu.registers import Regs
-from guestmem.kvm import guest_instructions
 from guestmem.kvm.exits import Exit, HypercallExit, SystemEventExit
+from guestmem.kvm.protected import guest_instructions
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE
 from guestmem.uapi.kvm import (
     KVM_HC_MAP_GPA_RANGE,

@@ -23,7 +23,7 @@ from guestmem.trace import Refusal
 from guestmem.uapi.kvm import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
 
 if TYPE_CHECKING:
-    from guestmem.kvm.guest_mode import GuestMode
+    from guestmem.kvm.protected.guest_mode import GuestMode
     from guestmem.kvm.vcpu import Vcpu
     from guestmem.kvm.vm import Kvm
 

@@ -19,9 +19,9 @@ from collections.abc import Awaitable, Callable
 
 from guestmem.arch.tdx import NOT_MEASURED, TdParams, TdxGuest, parameters
 from guestmem.arch.tdx.status import Status, TdxError
-from guestmem.kvm import tdx_cpuid
 from guestmem.kvm.addresses import Gfn
-from guestmem.kvm.launch import launch_finish, launch_start, launch_update
+from guestmem.kvm.protected import tdx_cpuid
+from guestmem.kvm.protected.launch import launch_finish, launch_start, launch_update
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import HostAddressSpace, Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE

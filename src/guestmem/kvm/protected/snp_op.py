@@ -20,7 +20,7 @@ from guestmem.arch.snp.id_block import ID_AUTH_BYTES, ID_BLOCK_BYTES, LaunchFini
 from guestmem.arch.snp.status import SevStatus
 from guestmem.arch.snp.vmsa import DEBUG_SWAP, SNP_ACTIVE
 from guestmem.kvm.addresses import Gfn
-from guestmem.kvm.launch import launch_finish, launch_start, launch_update
+from guestmem.kvm.protected.launch import launch_finish, launch_start, launch_update
 from guestmem.kvm.vm import HostAddressSpace, Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE
 from guestmem.trace import Refusal

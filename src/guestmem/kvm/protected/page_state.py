@@ -12,7 +12,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from guestmem.kvm.exits import HypercallExit
-from guestmem.kvm.guest_page import map_guest
+from guestmem.kvm.protected.guest_page import map_guest
 from guestmem.memory import PAGE_SHIFT, read_host, write_host
 from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED, KVM_MAP_GPA_RANGE_PAGE_SZ_2M
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 from guestmem.arch import FirmwareError
 from guestmem.cpu.engine import Halt, Pvalidate, Rmpadjust, SliceOver, Stop, Tdcall
-from guestmem.kvm import state_page
 from guestmem.kvm.exits import FailEntryExit
-from guestmem.kvm.guest_calls import GUEST_CALLS
-from guestmem.kvm.tdcall import VP_VMCALL
+from guestmem.kvm.protected import state_page
+from guestmem.kvm.protected.guest_calls import GUEST_CALLS
+from guestmem.kvm.protected.tdcall import VP_VMCALL
 from guestmem.sched import Operation, park
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import KVM_MP_STATE_RUNNABLE

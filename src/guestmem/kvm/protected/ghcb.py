@@ -17,10 +17,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from guestmem.cpu.engine import Vmgexit
-from guestmem.kvm import ghcb_msr, snp_ap
 from guestmem.kvm.exits import Exit, HltExit, HypercallExit, InternalErrorExit, SystemEventExit
-from guestmem.kvm.guest_page import map_guest
-from guestmem.kvm.page_state import PageStateChange
+from guestmem.kvm.protected import ghcb_msr, snp_ap
+from guestmem.kvm.protected.guest_page import map_guest
+from guestmem.kvm.protected.page_state import PageStateChange
 from guestmem.memory import PAGE_SIZE, read_host, write_host
 from guestmem.uapi.kvm import (
     KVM_EINVAL,

@@ -10,11 +10,11 @@ from guestmem.arch.tdx import TdxPlatform
 from guestmem.arch.tdx.status import Status
 from guestmem.cpu.engine import Pvalidate, Vmgexit
 from guestmem.cpu.scripted import Load, Store
-from guestmem.kvm import tdcall
 from guestmem.kvm.exits import HltExit, HypercallExit, InternalErrorExit, MemoryFaultExit, SystemEventExit
+from guestmem.kvm.protected import tdcall
 from guestmem.memory import PAGE_SIZE, Access
 from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_SYSTEM_EVENT_TDX_FATAL, VmType
-from tests.kvm.guest_calls import Guest
+from tests.kvm.protected.guest_calls import Guest
 
 K = PAGE_SIZE
 ENCRYPTED = 1 << 4

@@ -12,15 +12,15 @@ from guestmem.check.protected import CREATE_AP, GHCB, MAKE_VMSA, VMSA, ghcb
 from guestmem.cpu.engine import Pvalidate, Rmpadjust
 from guestmem.cpu.registers import Regs, Sregs
 from guestmem.cpu.scripted import Load, ScriptedEngine, Step, Store, Write
-from guestmem.kvm import snp_ap
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.exits import FailEntryExit, HltExit, InterruptedExit, MemoryFaultExit
-from guestmem.kvm.ghcb import AP_CREATION
-from guestmem.kvm.snp_ap import CREATE_ON_INIT, DESTROY
+from guestmem.kvm.protected import snp_ap
+from guestmem.kvm.protected.ghcb import AP_CREATION
+from guestmem.kvm.protected.snp_ap import CREATE_ON_INIT, DESTROY
 from guestmem.memory import ORDER_2M, PAGE_SIZE, Access, PageIndex, read_host
 from guestmem.uapi.kvm import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, VmType
 from tests.kvm.conftest import Bench
-from tests.kvm.guest_calls import SHARED, Guest
+from tests.kvm.protected.guest_calls import SHARED, Guest
 
 K = PAGE_SIZE
 NOT_ENTERED = FailEntryExit("VMRUN", "VMEXIT_INVALID")

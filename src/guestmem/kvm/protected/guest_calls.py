@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from guestmem.kvm.exits import Exit
-from guestmem.kvm.ghcb import Ghcb
-from guestmem.kvm.tdcall import Tdcalls
+from guestmem.kvm.protected.ghcb import Ghcb
+from guestmem.kvm.protected.tdcall import Tdcalls
 from guestmem.uapi.kvm import VmType
 
 if TYPE_CHECKING:
