@@ -149,10 +149,8 @@ def run_shard(shard: Shard) -> Found:
 
 
 def hunt(mutant: str, scenarios: list[str], options: Options) -> Hunted:
-    """Run the scenarios against a mutant until one breaks: a little of each first, then more of each.
-
-    Those that were seen to reach the mutant's function come first. None is left out: that a function was not reached in
-    a few executions says nothing about the others.
+    """Run the scenarios against a mutant until one breaks: a little of each first, then more of those that were seen to
+    reach the mutant's function, then of all: that it was not reached in a few executions says nothing about the others.
     """
     buggy = mutants.find(mutant)
     calls = 0
@@ -164,25 +162,32 @@ def hunt(mutant: str, scenarios: list[str], options: Options) -> Hunted:
 
     began = time.perf_counter()
     executions = steps = 0
-    left = list(scenarios)
-    reached: dict[str, bool] = dict.fromkeys(scenarios, False)
+    done: dict[str, int] = dict.fromkeys(scenarios, 0)
+    reaching: set[str] = set()
     with dataclasses.replace(buggy, function=counted).installed():
-        for most in (*QUICK, options.executions):
-            for name in sorted(left, key=lambda name: not reached[name]):
+        for most, reaching_alone in _rounds(options.executions):
+            for name in [name for name in scenarios if name in reaching or not reaching_alone]:
+                if done[name] >= most:
+                    continue
                 before = calls
                 scenario = bounded(scenario_named(name), options)
-                result = explore(
-                    scenario, STRATEGIES[options.strategy](scenario.preemptions, options.seed), Limits(most)
-                )
+                strategy = STRATEGIES[options.strategy](scenario.preemptions, options.seed)
+                result = explore(scenario, strategy, Limits(most))
                 executions += result.executions
                 steps += result.steps
-                reached[name] |= calls > before
+                if calls > before:
+                    reaching.add(name)
                 if result.verdict == VIOLATED and result.property != "sometimes":
                     return _caught(buggy, result, executions, steps, time.perf_counter() - began)
-                if not result.why:
-                    left.remove(name)
+                done[name] = most if result.why else options.executions
     seconds = time.perf_counter() - began
     return Hunted(buggy.name, buggy.bug, buggy.summary, False, executions=executions, steps=steps, seconds=seconds)
+
+
+def _rounds(executions: int) -> list[tuple[int, bool]]:
+    """(executions of a scenario, only of those that reach the mutant) for each round."""
+    first, *more = QUICK
+    return [(first, False), *((most, True) for most in more), *((most, False) for most in (*more, executions))]
 
 
 def _caught(mutant: Mutant, result: Result, executions: int, steps: int, seconds: float) -> Hunted:
