@@ -149,8 +149,8 @@ def run_shard(shard: Shard) -> Found:
 
 
 def hunt(mutant: str, scenarios: list[str], options: Options) -> Hunted:
-    """Run the scenarios against a mutant until one breaks: a little of each first, then more of those that were seen to
-    reach the mutant's function, then of all: that it was not reached in a few executions says nothing about the others.
+    """Run the scenarios against a mutant until one breaks a property that it names: a little of each first, then more
+    of those that were seen to reach the mutant's function, then of all, since few executions say little of the others.
     """
     buggy = mutants.find(mutant)
     calls = 0
@@ -164,6 +164,7 @@ def hunt(mutant: str, scenarios: list[str], options: Options) -> Hunted:
     executions = steps = 0
     done: dict[str, int] = dict.fromkeys(scenarios, 0)
     reaching: set[str] = set()
+    another: Result | None = None  # what broke and is none of the properties that the mutant names
     with dataclasses.replace(buggy, function=counted).installed():
         for most, reaching_alone in _rounds(options.executions):
             for name in [name for name in scenarios if name in reaching or not reaching_alone]:
@@ -177,10 +178,14 @@ def hunt(mutant: str, scenarios: list[str], options: Options) -> Hunted:
                 steps += result.steps
                 if calls > before:
                     reaching.add(name)
-                if result.verdict == VIOLATED and result.property != "sometimes":
-                    return _caught(buggy, result, executions, steps, time.perf_counter() - began)
                 done[name] = most if result.why else options.executions
+                if result.verdict == VIOLATED and result.property != "sometimes":
+                    if result.property in buggy.breaks:
+                        return _caught(buggy, result, executions, steps, time.perf_counter() - began)
+                    another, done[name] = another or result, options.executions
     seconds = time.perf_counter() - began
+    if another is not None:
+        return _caught(buggy, another, executions, steps, seconds)
     return Hunted(buggy.name, buggy.bug, buggy.summary, False, executions=executions, steps=steps, seconds=seconds)
 
 
