@@ -24,7 +24,7 @@ from guestmem.check.scenario import Scenario, find
 from guestmem.check.strategies import STRATEGIES
 from guestmem.check.strategies.states import MAX_STATES, ROOT, Open, States
 
-QUICK = (4, 64, 512)
+QUICK = (1, 8, 64, 512)
 """Executions of every scenario in the first rounds of a hunt: most mutants show in one of them."""
 
 
