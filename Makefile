@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 
 test: lint types contracts unit
 
-# Every scenario to its end, then every mutant: about a minute and a half on two cores.
+# Every scenario to its end, then every mutant: about two minutes and a half on two cores.
 check: $(VENV)/.installed
 	$(BIN)/guestmem check --jobs $(JOBS)
 	$(BIN)/guestmem check --mutants --jobs $(JOBS)
@@ -36,8 +36,10 @@ types: $(VENV)/.installed
 contracts: $(VENV)/.installed
 	$(BIN)/lint-imports
 
+# The hunts for mutants are left to `make check`, which makes them all; pytest alone makes them too.
 unit: $(VENV)/.installed
-	$(BIN)/pytest -n $(JOBS) --dist worksteal
+	$(BIN)/pytest -n $(JOBS) --dist worksteal \
+	    --deselect tests/known_bugs/test_known_bugs.py::test_found_by_a_property_that_it_breaks
 
 # The kernel's own KVM tests under `guestmem run`. Exit code 4 of the build: they cannot be had here, and are skipped.
 peer: $(VENV)/.installed

@@ -161,7 +161,7 @@ def _run(plan: Plan, show: Show, jobs: int, cluster: str, checkpoint: Path | Non
     broken = [(name, plan.results[name]) for name in plan.scenarios if plan.results[name].verdict == VIOLATED]
     for name, result in broken[:1]:
         show.witness(name, result)
-    return VIOLATION if broken or not all(each.found for each in hunted) else PASS
+    return VIOLATION if broken or not all(each.found and each.expected for each in hunted) else PASS
 
 
 def _replay(wanted: list[str], token: str, show: Show) -> int:
