@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from guestmem.arch.snp.vmsa import SNP_ACTIVE
 from guestmem.check.invariants import Violation
 from guestmem.check.machine import Call, Machine
 from guestmem.cpu.engine import Pvalidate, Rmpadjust, Vmgexit
@@ -115,7 +116,7 @@ MAKE_VMSA = (
     Rmpadjust(VMSA, large=False, target=1, permissions=0, vmsa=True),
 )
 AP = 0
-CREATE_AP = ghcb(GHCB, AP_CREATION, AP << 32 | snp_ap.CREATE, VMSA, snp_ap.SEV_FEATURES)
+CREATE_AP = ghcb(GHCB, AP_CREATION, AP << 32 | snp_ap.CREATE, VMSA, SNP_ACTIVE)
 DESTROY_AP = (
     *ghcb(GHCB, AP_CREATION, AP << 32 | snp_ap.DESTROY),
     Rmpadjust(VMSA, large=False, target=1, permissions=0, vmsa=False),

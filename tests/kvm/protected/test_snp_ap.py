@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from guestmem.arch.snp import SnpPlatform, vmsa
+from guestmem.arch.snp import SnpGuest, SnpPlatform, vmsa
 from guestmem.arch.snp.rmp import Status
 from guestmem.check.protected import CREATE_AP, GHCB, MAKE_VMSA, VMSA, ghcb
 from guestmem.cpu.engine import Pvalidate, Rmpadjust
@@ -49,7 +49,7 @@ def _state(guest: Guest) -> tuple[Regs, Sregs]:
 
 
 def _creates(request: int, gpa: int = VMSA) -> tuple[Step, ...]:
-    return ghcb(GHCB, AP_CREATION, request, gpa, snp_ap.SEV_FEATURES)
+    return ghcb(GHCB, AP_CREATION, request, gpa, vmsa.SNP_ACTIVE)
 
 
 def test_it_starts_at_the_state_in_its_page(guest: Guest) -> None:
@@ -61,6 +61,20 @@ def test_it_starts_at_the_state_in_its_page(guest: Guest) -> None:
     loaded = guest.engine(0).get_sregs()
     assert (loaded.cr0, loaded.cr3, loaded.cr4, loaded.efer) == (0x80000011, 0x7000, 0x20, 0x500)
     assert guest.vcpus[0].mp_state == KVM_MP_STATE_RUNNABLE
+
+
+def test_its_features_are_those_of_the_vm(guest: Guest) -> None:
+    """What KVM_SEV_INIT2 was given, and no others. Source: sev_snp_ap_creation, sev->vmsa_features."""
+    owner = guest.vm.kvm.machine.architecture
+    assert isinstance(owner, SnpGuest)
+    owner.vmsa_features = vmsa.SNP_ACTIVE | vmsa.DEBUG_SWAP
+    _boss(guest, *MAKE_VMSA, *CREATE_AP)
+    assert not guest.vcpus[0].guest_mode.waiting_for_reset  # type: ignore[union-attr]
+    assert guest.run(0) == HltExit()
+    assert guest.engine(0).loaded == []
+    _boss(guest, *ghcb(GHCB, AP_CREATION, snp_ap.CREATE, VMSA, owner.vmsa_features))
+    assert guest.run(0) == HltExit()
+    assert guest.engine(0).loaded == [7, 7]
 
 
 def test_its_state_is_in_its_page_when_it_is_out(guest: Guest) -> None:

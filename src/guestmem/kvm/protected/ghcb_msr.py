@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from guestmem.arch.snp import C_BIT
+from guestmem.cpu.cpuid import lookup
 from guestmem.kvm.exits import HypercallExit, SystemEventExit
 from guestmem.memory import PAGE_SHIFT
 from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED, KVM_SYSTEM_EVENT_SEV_TERM
@@ -28,7 +30,7 @@ PSC_RESP_ERROR = 1 << 63 | PSC_RESP
 PRIVATE, SHARED = 1, 2
 FEATURES = 1 << 0 | 1 << 1
 """GHCB_HV_FT_SNP, GHCB_HV_FT_SNP_AP_CREATION."""
-_VERSION_MAX, _VERSION_MIN, _C_BIT = 2, 1, 51
+_VERSION_MAX, _VERSION_MIN = 2, 1
 _DATA = (1 << 52) - 1
 
 
@@ -39,7 +41,7 @@ def answer(vcpu: Vcpu, value: int) -> int | HypercallExit | SystemEventExit:
 
 
 def _sev_info(vcpu: Vcpu, value: int) -> int:
-    return _VERSION_MAX << 48 | _VERSION_MIN << 32 | _C_BIT << 24 | SEV_INFO_RESP
+    return _VERSION_MAX << 48 | _VERSION_MIN << 32 | C_BIT.position << 24 | SEV_INFO_RESP
 
 
 def _cpuid(vcpu: Vcpu, value: int) -> int:
@@ -66,7 +68,7 @@ def _terminate(vcpu: Vcpu, value: int) -> SystemEventExit:
 
 def cpuid(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     """EAX, EBX, ECX, EDX as KVM_SET_CPUID2 has them; zeros for a leaf that there is not."""
-    return vcpu.cpuid.get((leaf, subleaf)) or vcpu.cpuid.get((leaf, 0), (0, 0, 0, 0))
+    return lookup(vcpu.cpuid, leaf, subleaf)
 
 
 def _page_state_change(vcpu: Vcpu, value: int) -> int | HypercallExit:

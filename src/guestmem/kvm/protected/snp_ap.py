@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guestmem.arch.snp import SnpGuest
 from guestmem.memory import PAGE_SIZE
 from guestmem.uapi.kvm import MAX_PHYSICAL_ADDRESS_BITS
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from guestmem.kvm.vm import Kvm
 
 CREATE_ON_INIT, CREATE, DESTROY = 0, 1, 2
-SEV_FEATURES = 1
-"""SVM_SEV_FEAT_SNP_ACTIVE: no feature is offered besides."""
 _2M = 1 << 21
 
 
@@ -35,7 +34,7 @@ async def creation(kvm: Kvm, info_1: int, vmsa_gpa: int, features: int) -> bool:
     mode = target.guest_mode
     if request == DESTROY:
         mode.state_gpa = None
-    elif features != SEV_FEATURES or not _may_be_vmsa(vmsa_gpa):
+    elif features != _features(kvm) or not _may_be_vmsa(vmsa_gpa):
         return False
     else:
         mode.state_gpa = vmsa_gpa
@@ -43,6 +42,13 @@ async def creation(kvm: Kvm, info_1: int, vmsa_gpa: int, features: int) -> bool:
     if request != CREATE_ON_INIT:
         await mode.request()
     return True
+
+
+def _features(kvm: Kvm) -> int:
+    """SEV_FEATURES of every vCPU, as KVM_SEV_INIT2 had them."""
+    guest = kvm.machine.architecture
+    assert isinstance(guest, SnpGuest)
+    return guest.vmsa_features
 
 
 def _may_be_vmsa(gpa: int) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from guestmem.arch.architecture import Accept
+from guestmem.arch.tdx import platform
 from guestmem.arch.tdx.status import Operand, Status
 from guestmem.cpu.engine import Tdcall
 from guestmem.cpu.registers import Regs
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
 VP_VMCALL, MEM_PAGE_ACCEPT = 0, 6
 GET_TD_VM_CALL_INFO, MAP_GPA, REPORT_FATAL_ERROR = 0x10000, 0x10001, 0x10003
 SUCCESS, INVALID_OPERAND, ALIGN_ERROR, SUBFUNC_UNSUPPORTED = 0, 1 << 63, 1 << 63 | 2, 1 << 63 | 3
-SHARED_BIT = 1 << 47
-"""Of a guest physical address, with a Secure EPT of four levels."""
+SHARED_BIT = 1 << platform.SHARED_BIT.position
 _MAX_LENGTH = 2 << 20  # of one exit to userspace
 _ACCEPT_GPA = (1 << 52) - PAGE_SIZE
 _NO_SUCH_LEAF = Status.OPERAND_INVALID << 32 | max(Operand.NONE, 0)
