@@ -14,10 +14,9 @@ from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED
 SHARE = Vmgexit(ghcb_msr.SHARED << 52 | ghcb_msr.PSC_REQ)
 
 
-@scenario(sometimes={"asks: shared", "asks: refused", "other: ok 0x02", "other: fault.mismatch"})
+@scenario(failures=1, sometimes={"asks: shared", "asks: refused", "other: ok 0x02", "other: fault.mismatch"})
 def snp_page_state_change(m: Machine) -> None:
     """What the VMM answered is what the guest is told, and the page is as it was told (S2, S9)."""
-    m.failures_left = 1
     gmem = launched_gmem(m)
     vm = m.vm()
     vm.enable_hypercalls(KVM_HC_MAP_GPA_RANGE)
