@@ -152,6 +152,21 @@ static inline int finish(void) {
     return tap.failures ? 1 : 0;
 }
 
+struct test_case {
+    const char *name;
+    void (*run)(void);
+};
+
+/* All of them, and the exit code. */
+static inline int run_cases(const struct test_case *cases, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        begin_case();
+        cases[i].run();
+        end_case("", cases[i].name);
+    }
+    return finish();
+}
+
 __attribute__((noreturn)) static inline void skip_all(const char *reason) {
     printf("1..0 # SKIP %s\n", reason);
     exit(EXIT_SKIP);

@@ -217,20 +217,12 @@ static void a_thousand(void) {
 }
 
 int main(void) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } cases[] = {
+    static const struct test_case cases[] = {
         {"bad links", bad_links},     {"bad moves", bad_moves}, {"closed apart", closed_apart},
         {"one state for all", one_state}, {"migration", migration}, {"a thousand migrations", a_thousand},
     };
 
     open_kvm();
     if (capability(kvm, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM) != 1) skip_all("no migration inside a host");
-    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-        begin_case();
-        cases[i].run();
-        end_case("", cases[i].name);
-    }
-    return finish();
+    return run_cases(cases, sizeof(cases) / sizeof(*cases));
 }

@@ -152,10 +152,7 @@ static void not_for_others(void) {
 }
 
 int main(void) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } cases[] = {
+    static const struct test_case cases[] = {
         {"launched in place", launched_in_place},
         {"by the C-bit", by_the_c_bit},
         {"a shared page table", a_shared_page_table},
@@ -167,10 +164,5 @@ int main(void) {
 
     open_kvm();
     if (!(capability(kvm, KVM_CAP_VM_TYPES) >> SNP_VM & 1)) skip_all("no SNP");
-    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-        begin_case();
-        cases[i].run();
-        end_case("", cases[i].name);
-    }
-    return finish();
+    return run_cases(cases, sizeof(cases) / sizeof(*cases));
 }

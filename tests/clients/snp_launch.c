@@ -111,10 +111,7 @@ static void what_its_owner_says(void) {
 }
 
 int main(int argc, char **argv) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } cases[] = {
+    static const struct test_case cases[] = {
         {"what KVM has", what_kvm_has},
         {"initialised", initialised},
         {"policies", policies},
@@ -125,10 +122,5 @@ int main(int argc, char **argv) {
     if (!file || fread(&owners, sizeof(owners), 1, file) != 1) bail_out("the file of an ID block");
     open_kvm();
     if (!(capability(kvm, KVM_CAP_VM_TYPES) >> SNP_VM & 1)) skip_all("no SNP");
-    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-        begin_case();
-        cases[i].run();
-        end_case("", cases[i].name);
-    }
-    return finish();
+    return run_cases(cases, sizeof(cases) / sizeof(*cases));
 }

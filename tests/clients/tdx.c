@@ -102,10 +102,7 @@ static void accepted(void) {
 }
 
 int main(void) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } cases[] = {
+    static const struct test_case cases[] = {
         {"launched in place", launched_in_place},
         {"by the shared bit", by_the_shared_bit},
         {"accepted by TDCALL", accepted},
@@ -113,10 +110,5 @@ int main(void) {
 
     open_kvm();
     if (!(capability(kvm, KVM_CAP_VM_TYPES) >> TDX_VM & 1)) skip_all("no TDX");
-    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-        begin_case();
-        cases[i].run();
-        end_case("", cases[i].name);
-    }
-    return finish();
+    return run_cases(cases, sizeof(cases) / sizeof(*cases));
 }

@@ -105,10 +105,7 @@ static void a_vcpu(void) {
 }
 
 int main(void) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } cases[] = {
+    static const struct test_case cases[] = {
         {"capabilities", capabilities},
         {"not what there is", not_what_there_is},
         {"a vCPU", a_vcpu},
@@ -116,10 +113,5 @@ int main(void) {
 
     open_kvm();
     if (!(capability(kvm, KVM_CAP_VM_TYPES) >> TDX_VM & 1)) skip_all("no TDX");
-    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-        begin_case();
-        cases[i].run();
-        end_case("", cases[i].name);
-    }
-    return finish();
+    return run_cases(cases, sizeof(cases) / sizeof(*cases));
 }
