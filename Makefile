@@ -8,7 +8,7 @@ JOBS ?= $(shell nproc)
 .PHONY: demo test check lint types contracts unit peer bench guests clean
 
 # Debian ships venv without ensurepip; the package that has it is installed where that is possible.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard src/guestmem/native/*.[ch])
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard src/guestmem/native/*.[ch] src/guestmem/cpu/native/*.[ch])
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -y -qq python3-venv; } \
 	    || { echo "python3-venv is missing: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

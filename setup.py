@@ -1,31 +1,60 @@
-"""The native part: one shared library, and no Python in it. Everything else is in pyproject.toml."""
+"""The native parts: two shared libraries, and no Python in them. Everything else is in pyproject.toml."""
 
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "src/guestmem/native"
+CPU = "src/guestmem/cpu/native"
+WRAPPED = ("gen_intermediate_code", "translator_loop", "cpu_loop_exit_atomic")  # see native/translate.c, native/fault.c
 
 
 class build_plain_library(build_ext):  # noqa: N801 - what setuptools calls its commands
-    """The library is preloaded, not imported: its name has no Python version."""
+    """The libraries are preloaded or loaded by ctypes, not imported: their names have no Python version."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
 
+def unicorn() -> Path:
+    """The folder of the package unicorn, which has headers and a static library."""
+    spec = find_spec("unicorn")
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path("unicorn")
+
+
 setup(
     cmdclass={"build_ext": build_plain_library},
     ext_modules=[
+        # optional: without a compiler the rest still installs; `guestmem doctor` says what is missing
         Extension(
             "guestmem.native.libguestmem_shim",
             sources=sorted(glob(f"{NATIVE}/*.c")),
             depends=sorted(glob(f"{NATIVE}/*.h")),
             extra_compile_args=["-std=gnu11", "-fvisibility=hidden"],
             extra_link_args=["-Wl,-z,now"],
-            optional=True,  # without a compiler the rest still installs; `guestmem doctor` says what is missing
-        )
+            optional=True,
+        ),
+        Extension(
+            "guestmem.cpu.native.libguestmem_cpu",
+            sources=sorted(glob(f"{CPU}/*.c")),
+            depends=sorted(glob(f"{CPU}/*.h")),
+            include_dirs=[str(unicorn() / "include")],
+            extra_objects=[str(unicorn() / "lib" / "libunicorn.a")],
+            extra_compile_args=["-std=gnu11", "-O2", "-fms-extensions", "-fvisibility=hidden"],
+            extra_link_args=[
+                *(f"-Wl,--wrap={name}_x86_64" for name in WRAPPED),
+                "-Wl,--exclude-libs,ALL",
+                "-Wl,-Bsymbolic",
+                "-Wl,--gc-sections",
+                "-Wl,-z,now",
+                "-Wl,--strip-all",
+                "-lm",
+                "-lpthread",
+            ],
+            optional=True,
+        ),
     ],
 )

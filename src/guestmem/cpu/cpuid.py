@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from guestmem.cpu.engine import CpuidTable, PageBit
 
-_INDEXED = frozenset((4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1D, 0x1E, 0x1F, 0x8000_001D, 0x8000_0026))
+INDEXED = frozenset((4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1D, 0x1E, 0x1F, 0x8000_001D, 0x8000_0026))
 
 
 def _bits(*numbers: int) -> int:
@@ -59,7 +59,7 @@ def default(page_bit: PageBit | None) -> CpuidTable:
 def lookup(table: CpuidTable, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     """EAX, EBX, ECX, EDX; zeros for a leaf that the table does not have."""
     answer = table.get((leaf, subleaf))
-    if answer is None and leaf not in _INDEXED:
+    if answer is None and leaf not in INDEXED:
         answer = table.get((leaf, 0))
     return answer or (0, 0, 0, 0)
 

@@ -199,6 +199,43 @@ class SliceOver:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class HostFault:
+    """The host refuses the memory behind a page that stage 2 holds: `hva` is where, for the access to `gpa`.
+
+    The instruction has not happened. Run again to repeat it.
+    """
+
+    hva: int
+    gpa: int
+    write: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadMsr:
+    """RDMSR of a register that the VMM asked to see. `complete(value)` finishes it, or `raise_exception`."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WriteMsr:
+    """WRMSR of a register that the VMM asked to see. `complete(0)` finishes it, or `raise_exception`."""
+
+    index: int
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Debug:
+    """KVM_SET_GUEST_DEBUG asked to know: `vector` is 1 (#DB) or 3 (#BP), `rip` is linear."""
+
+    vector: int
+    rip: int
+    dr6: int
+    dr7: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Failed:
     """The engine cannot execute what stands at `rip`: KVM_EXIT_INTERNAL_ERROR. `why` is for the reader."""
 
@@ -221,6 +258,10 @@ Stop: TypeAlias = (
     | Shutdown
     | InterruptWindow
     | SliceOver
+    | HostFault
+    | ReadMsr
+    | WriteMsr
+    | Debug
     | Failed
 )
 

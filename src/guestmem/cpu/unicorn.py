@@ -1,88 +1,91 @@
-"""UnicornEngine: the default engine, Unicorn (QEMU's TCG) as one virtual CPU.
+"""UnicornEngine: the default engine, the library of native/ in this process.
 
-Unicorn translates and executes; what it leaves to its user, or gets wrong for a machine, is done in the modules beside
-this one: translation of addresses (`tlb`, `guest_walk`), code that others rewrite (`code_watch`), exact port exits
-(`port_io`), MMIO (`mmio`), exceptions (`exceptions`), CPUID, MSRs and SYSCALL (`instructions`), hypercalls and what
-protected guests have (`guest_calls`), exact stops (`uc_core`), hidden segment state (`cpu_state`, `x86_env`). `uc_vcpu`
-puts them together; here are the protocol and the slices.
-
-Limits: no virtual-8086 mode, no task gates; TCG checks no segment limits; see also `code_watch`, `mmio` and
-`Tlb._holds_descriptors`.
+The library executes, on Unicorn (QEMU's TCG), and stops at what it needs somebody for; here the leaves of stage 2 are
+asked of GuestMemory and the stops are put into `engine`'s words. Limits: no virtual-8086 mode, no task gates; TCG checks no
+segment limits; see also native/code.c, native/mmio.c and holds_descriptors() of native/tlb.c.
 """
 
 from __future__ import annotations
 
-from guestmem.cpu import cpuid, uc_native
-from guestmem.cpu.engine import (
-    CpuidTable,
-    GuestMemory,
-    Hypercall,
-    MmioRead,
-    PortIn,
-    Pvalidate,
-    Rmpadjust,
-    SliceOver,
-    Stop,
-    Tdcall,
-    Vmgexit,
-)
-from guestmem.cpu.exceptions import Event
-from guestmem.cpu.guest_calls import PAST_INSTRUCTION
-from guestmem.cpu.registers import Regs, Sregs
-from guestmem.cpu.slice_timer import shared as slice_timer
-from guestmem.cpu.uc_state import UnicornState
-from guestmem.cpu.uc_vcpu import Vcpu
+import ctypes
+import os
+import time
+import weakref
+from typing import Any
+
+from guestmem.cpu import block as b
+from guestmem.cpu import cpuid, stops
+from guestmem.cpu.block import CpuBlock
+from guestmem.cpu.block_state import BlockState
+from guestmem.cpu.engine import GuestMemory, SliceOver, Stop
+
+_ALL = (1 << 52) // 4096
+_EPOCH_NS = time.monotonic_ns()  # at which the TSC of every vCPU of this process is 0
+_BOTH = 1 << b.SHARED | 1 << b.PRIVATE
 
 
-class UnicornEngine(UnicornState):
+class UnicornEngine(BlockState):
     """One virtual CPU, in the state after reset. Implements `guestmem.cpu.engine.Engine` and `CpuState`.
 
-    All methods but `close` raise ValueError once it is closed.
+    All methods but `close` raise ValueError once it is closed. Raises: CpuUnavailableError, if there is no library.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
-        super().__init__(Vcpu(memory))
-        self._asked: Stop | None = None
-        self._next: Stop | None = None
+        self._library = b.library()
+        super().__init__(CpuBlock())
+        self._library.cpu_block_init(ctypes.byref(self.block))
+        self._memory = memory
+        self.set_page_bit(memory.page_bit)
+        self._space = self._library.cpu_space_create()
+        self._cpu = self._library.cpu_create(self._space, ctypes.byref(self.block)) if self._space else None
+        if not self._cpu:
+            why = b.last_error() or os.strerror(ctypes.get_errno())
+            if self._space:
+                self._library.cpu_space_destroy(self._space)
+            raise b.CpuUnavailableError(why)
+        self._library.cpu_install_handlers()
+        self._finalizer = weakref.finalize(self, _destroy, self._library, self._cpu, self._space, self.block)
+        self._finalizer.atexit = False
+        self.block.tsc_offset = -_EPOCH_NS
+        self._device_page: int | None = None
         self.set_cpuid(cpuid.default(memory.page_bit))
-        self.set_sregs(Sregs())
-        # RDX after reset is the signature of the processor; KVM gives 0x600 before it knows one.
-        self.set_regs(Regs(rip=0xFFF0, rdx=0x600))
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise ValueError("the engine is closed")
 
     def run(self) -> Stop:
         """Execute until a stop. Raises: what GuestMemory raises."""
         self._check_open()
-        stop, self._next = self._next or self._vcpu.mmio.next_write(), None
-        if stop is None:
-            stop = self._run_slice()
-        self._asked = stop
-        return stop
+        run, block = self._library.cpu_run, self.block
+        while run(self._cpu) == stops.MISS:
+            if not self._map(block.stop.gpa & -4096, bool(block.stop.write), stops.asserted_kind(block.stop)):
+                break
+        return stops.decode(block)
 
-    def _run_slice(self) -> Stop:
-        vcpu, core, code = self._vcpu, self._core, self._vcpu.tlb.code
-        core.begin_slice()
-        slice_timer.enter(core)
-        try:
-            if not code.unchanged():
-                vcpu.tlb.flush_code()
-            stop = vcpu.advance()
-            while stop is None:
-                stop = SliceOver() if core.slice_over else vcpu.advance()
-        finally:
-            slice_timer.leave()
-            code.run_ended()
-            if core.slice_over:
-                vcpu.tlb.slice_over()
-        return stop
+    def _map(self, gpa: int, write: bool, private: bool | None) -> bool:
+        """Whether stage 2 holds the page, which the CPU may use from now on."""
+        page = self._memory.translate(gpa, write, private)
+        if page is None:
+            return False
+        kinds = _BOTH if private is None else 1 << (b.PRIVATE if private else b.SHARED)
+        if self._library.cpu_space_map(self._space, gpa >> 12, 1, kinds, page.hva, page.writable):
+            raise MemoryError("no memory for a leaf of stage 2")
+        return True
 
     def emulate_mmio(self, gpa: int, write: bool) -> Stop:
         """Execute the instruction that missed stage 2 at `gpa`. What it does there is seen, `write` is not needed."""
         self._check_open()
-        self._vcpu.mmio.add_page(gpa)
-        stop = self.run()
-        while isinstance(stop, SliceOver) and self._vcpu.mmio.active:
+        frame = gpa >> 12
+        if self._library.cpu_space_map_mmio(self._space, frame, 1):
+            raise MemoryError("no memory for a leaf of stage 2")
+        try:
             stop = self.run()
-        return stop
+            while isinstance(stop, SliceOver):
+                stop = self.run()
+            return stop
+        finally:
+            self._library.cpu_space_drop(self._space, frame, 1, _BOTH, False)
 
     def complete(self, value: int) -> None:
         """The value for the last stop, with which its instruction is finished at once.
@@ -90,70 +93,25 @@ class UnicornEngine(UnicornState):
         Dropped if nothing asks any more, because RIP was set meanwhile. Raises: what GuestMemory raises.
         """
         self._check_open()
-        asked, self._asked = self._asked, None
-        if isinstance(asked, PortIn):
-            self._next = self._vcpu.answer_port(asked, value)
-        elif isinstance(asked, MmioRead):
-            self._vcpu.mmio.supply(value)
-            while self._vcpu.mmio.active and self._next is None:
-                self._next = self._vcpu.advance()
-        elif isinstance(asked, (Hypercall, Pvalidate, Rmpadjust, Vmgexit, Tdcall)):
-            self._vcpu.finish_call(asked, value)
+        stops.answer_value(self.block, value)
+        self._library.cpu_settle(self._cpu)
 
     def raise_exception(self, vector: int, error_code: int) -> None:
         """Delivered at the next run, at the instruction of the last stop."""
         self._check_open()
-        asked, self._asked = self._asked, None
-        self._vcpu.raise_exception(asked, Event(vector, error_code))
+        stops.answer_raise(self.block, vector, error_code)
+        self._library.cpu_settle(self._cpu)
 
     def flush_tlb(self) -> None:
-        """Forget every translation of addresses. About 2 us; also right inside of GuestMemory.translate."""
+        """Forget every translation of addresses, also right inside of GuestMemory.translate."""
         self._check_open()
-        self._vcpu.tlb.flush()
-
-    def set_cpuid(self, table: CpuidTable) -> None:
-        """What CPUID answers. MAXPHYADDR follows from it; the page bit does not, which is the hardware's."""
-        self._check_open()
-        self._vcpu.instructions.msrs.cpuid = dict(table)
-        self._vcpu.tlb.set_physical_bits(cpuid.physical_bits(table))
-
-    def get_regs(self) -> Regs:
-        """The general registers. At a stop that repeats its instruction, those before the instruction."""
-        self._check_open()
-        return self._core.cpu.get_regs()
-
-    def set_regs(self, regs: Regs) -> None:
-        """Set the general registers. If RIP moves, what the instruction there waited for is void."""
-        self._check_open()
-        if self._core.cpu.env.eip != regs.rip:
-            self._forget_instruction()
-        self._core.cpu.set_regs(regs)
-
-    def get_sregs(self) -> Sregs:
-        """Segments with their hidden parts, and control registers."""
-        self._check_open()
-        sregs = self._core.cpu.get_sregs()
-        sregs.apic_base = self._vcpu.instructions.msrs.apic_base
-        return sregs
-
-    def set_sregs(self, sregs: Sregs) -> None:
-        """Set segments, hidden parts included, and control registers. Nothing is read from guest memory."""
-        self._check_open()
-        self._core.cpu.set_sregs(sregs)
-        uc_native.flush_tlb(self._core.handle)
-        self._vcpu.instructions.msrs.apic_base = sregs.apic_base
+        self._library.cpu_space_drop(self._space, 0, _ALL, _BOTH, False)
 
     def close(self) -> None:
-        """Give Unicorn's memory back. Idempotent."""
-        with slice_timer.lock:
-            self._closed = True
-            self._core.close()
+        """Give the memory back. Idempotent."""
+        self._finalizer()
 
-    def _forget_instruction(self) -> None:
-        """An answer, a device access or an exception that is not delivered yet."""
-        if not isinstance(self._asked, PAST_INSTRUCTION):
-            self._asked = None
-        self._next = None
-        if self._vcpu.pending is not None and not self._vcpu.pending.external:
-            self._vcpu.pending = None
-        self._vcpu.mmio.forget()
+
+def _destroy(library: Any, cpu: int, space: int, _block: CpuBlock) -> None:
+    library.cpu_destroy(cpu)
+    library.cpu_space_destroy(space)
