@@ -15,6 +15,8 @@ XCR0_X87, XCR0_SSE = 1, 2
 SUPPORTED_STATE = XCR0_X87 | XCR0_SSE
 """The bits of XCR0 that there is state for."""
 _MXCSR, _MXCSR_MASK = 24, 0xFFFF
+_ST, _XMM, _XMM_END = 32, 160, 416
+_INITIAL_X87 = (0x37F).to_bytes(_MXCSR, "little")
 _RFLAGS_IF = 1 << 9
 _MASK_64 = (1 << 64) - 1
 
@@ -121,7 +123,13 @@ class BlockState:
         present, compact = (int.from_bytes(area[at : at + 8], "little") for at in (LEGACY, LEGACY + 8))
         if present & ~SUPPORTED_STATE or compact or any(area[LEGACY + 16 : AREA]):
             raise ValueError(f"XSTATE_BV {present:#x}, XCOMP_BV {compact:#x}: need at most {SUPPORTED_STATE:#x} and 0")
-        self._put_xsave(area[:AREA])
+        whole = bytearray(area[:AREA])
+        if not present & XCR0_X87:
+            whole[:_MXCSR], whole[_ST:_XMM] = _INITIAL_X87, bytes(_XMM - _ST)
+        if not present & XCR0_SSE:
+            whole[_XMM:_XMM_END] = bytes(_XMM_END - _XMM)
+        whole[LEGACY] = SUPPORTED_STATE
+        self._put_xsave(bytes(whole))
 
     def _put_xsave(self, area: bytes) -> None:
         mxcsr = int.from_bytes(area[_MXCSR : _MXCSR + 4], "little")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-from guestmem.cpu.block import ANSWER_RAISE, ANSWER_VALUE, ANY, PRIVATE, CpuBlock, CpuStop
+from guestmem.cpu.block import ANSWER_MMIO, ANSWER_RAISE, ANSWER_VALUE, ANY, PRIVATE, CpuBlock, CpuStop
 from guestmem.cpu.engine import (
     Debug,
     Failed,
@@ -64,6 +64,12 @@ def answer_raise(block: CpuBlock, vector: int, error_code: int) -> None:
     """The instruction of the last stop raises an exception instead, at the next entry."""
     block.answer.vector, block.answer.error_code = vector, error_code
     block.answer.kind = ANSWER_RAISE
+
+
+def answer_mmio(block: CpuBlock, gpa: int) -> None:
+    """What the instruction that missed does to the page of `gpa` is MMIO."""
+    block.answer.value = gpa
+    block.answer.kind = ANSWER_MMIO
 
 
 def _value(stop: CpuStop, size: int) -> int:

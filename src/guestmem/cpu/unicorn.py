@@ -76,16 +76,11 @@ class UnicornEngine(BlockState):
     def emulate_mmio(self, gpa: int, write: bool) -> Stop:
         """Execute the instruction that missed stage 2 at `gpa`. What it does there is seen, `write` is not needed."""
         self._check_open()
-        frame = gpa >> 12
-        if self._library.cpu_space_map_mmio(self._space, frame, 1):
-            raise MemoryError("no memory for a leaf of stage 2")
-        try:
+        stops.answer_mmio(self.block, gpa)
+        stop = self.run()
+        while isinstance(stop, SliceOver):
             stop = self.run()
-            while isinstance(stop, SliceOver):
-                stop = self.run()
-            return stop
-        finally:
-            self._library.cpu_space_drop(self._space, frame, 1, _BOTH, False)
+        return stop
 
     def complete(self, value: int) -> None:
         """The value for the last stop, with which its instruction is finished at once.
@@ -106,6 +101,11 @@ class UnicornEngine(BlockState):
         """Forget every translation of addresses, also right inside of GuestMemory.translate."""
         self._check_open()
         self._library.cpu_space_drop(self._space, 0, _ALL, _BOTH, False)
+
+    def kick(self) -> None:
+        """Have a run end with SliceOver soon: the one that goes on, or the next. From any thread."""
+        self._check_open()
+        self._library.cpu_kick(self._cpu)
 
     def close(self) -> None:
         """Give the memory back. Idempotent."""

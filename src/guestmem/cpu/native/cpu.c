@@ -188,6 +188,8 @@ static void take_answer(struct cpu *cpu)
     if (kind == CPU_ANSWER_VALUE && asked.kind) {
         cpu->asked.size = asked.size;
         cpu->next = complete(cpu, &asked, answer);
+    } else if (kind == CPU_ANSWER_MMIO && asked.kind == CPU_STOP_MISS) {
+        cpu->next = mmio_add_page(cpu, answer->value);
     } else if (kind == CPU_ANSWER_RAISE) {
         /* At the instruction, which has not happened. */
         if (asked.kind == CPU_STOP_HYPERCALL || asked.kind == CPU_STOP_VMGEXIT)
@@ -199,7 +201,7 @@ static void take_answer(struct cpu *cpu)
 static bool enter(struct cpu *cpu)
 {
     current_cpu = cpu;
-    slice_begins(cpu);
+    slice_begins(cpu, cpu->block->stop.kind == CPU_STOP_MISS);
     cpu->out = !enter_guest(cpu);
     return !cpu->out;
 }

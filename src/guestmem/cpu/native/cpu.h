@@ -63,7 +63,13 @@ struct cpu_stop {
 };
 
 /* What is done about the last stop when cpu_run() is entered next, or by cpu_settle(). */
-enum cpu_answer_kind { CPU_ANSWER_NONE, CPU_ANSWER_VALUE, CPU_ANSWER_RAISE };
+enum cpu_answer_kind {
+    CPU_ANSWER_NONE,
+    CPU_ANSWER_VALUE,
+    CPU_ANSWER_RAISE,
+    CPU_ANSWER_MMIO, /* to MISS: what the stopped instruction does to the page of `value` (a gpa) is MMIO, whatever leaf there
+                        is for other kinds of access: memory that is read-only is read, and written as MMIO */
+};
 
 struct cpu_answer {
     uint32_t kind;

@@ -52,7 +52,8 @@ int deliver_pending(struct cpu *cpu)
             mmio_forget(cpu);
             return CPU_STOP_NONE;
         case DELIVERY_UNSUPPORTED:
-            return fail(cpu, "an exception through a task gate, or in virtual-8086 mode");
+            return fail(cpu, "vector %d %s", event.vector,
+                        cpu->env->eflags & RFLAGS_VM ? "in virtual-8086 mode" : "through a task gate");
         case DELIVERY_REFUSED:
             return not_done(cpu);
         case DELIVERY_FAULT:

@@ -253,7 +253,7 @@ int advance(struct cpu *cpu);
 int single_step(struct cpu *cpu); /* Unicorn's error of a pass of one instruction */
 int judge(struct cpu *cpu, int code, bool stepped);
 int not_done(struct cpu *cpu); /* the stop for `refused`, or 0 with an exception pending */
-int fail(struct cpu *cpu, const char *why);
+__attribute__((format(printf, 2, 3))) int fail(struct cpu *cpu, const char *why, ...);
 void trap_if_traced(struct cpu *cpu);
 void raise_event(struct cpu *cpu, int vector, uint32_t error_code, uint64_t address, int length, bool external);
 void instruction_done(struct cpu *cpu, uint64_t rip);
@@ -381,7 +381,7 @@ void end_exclusive(struct cpu *cpu);
 void kick(struct cpu *cpu, uint32_t why);
 int take_kicks(struct cpu *cpu);
 void look_at_space(struct cpu *cpu);
-void slice_begins(struct cpu *cpu);
+void slice_begins(struct cpu *cpu, bool goes_on);
 void slice_ends(struct cpu *cpu);
 void slices_add(struct cpu *cpu);
 void slices_remove(struct cpu *cpu);

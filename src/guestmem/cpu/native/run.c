@@ -8,6 +8,8 @@
 #define _GNU_SOURCE
 #include "internal.h"
 
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 
 /* A pass that an SVM exit ends has VMEXIT + its number as exception: AMD APM vol. 2, appendix C. */
@@ -15,11 +17,12 @@ enum { VMEXIT = 0x100, EXIT_WRITE_DR5 = 0x35, EXIT_WRITE_DR7 = 0x37, EXIT_INIT =
 enum { DR_WRITES = 1 << 5 | 1 << 7 };
 enum { REQUEST_INIT = 0x400, REQUEST_VIRQ_NMI = 0x300 };
 
-int fail(struct cpu *cpu, const char *why)
+int fail(struct cpu *cpu, const char *why, ...)
 {
-    struct cpu_stop *stop = &cpu->block->stop;
-    strncpy(stop->why, why, sizeof stop->why - 1);
-    stop->why[sizeof stop->why - 1] = 0;
+    va_list arguments;
+    va_start(arguments, why);
+    vsnprintf(cpu->block->stop.why, sizeof cpu->block->stop.why, why, arguments);
+    va_end(arguments);
     return CPU_STOP_FAILED;
 }
 
@@ -220,7 +223,7 @@ int judge(struct cpu *cpu, int code, bool stepped)
     case UC_ERR_EXCEPTION:
         return after_exception(cpu, cpu->pass_end->exception_index, stepped);
     default:
-        return fail(cpu, uc_strerror((uc_err)code));
+        return fail(cpu, "%s", uc_strerror((uc_err)code));
     }
 }
 

@@ -76,10 +76,11 @@ static void start(void)
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
-/* A run starts. */
-void slice_begins(struct cpu *cpu)
+/* A run starts, or goes on with the same slice. */
+void slice_begins(struct cpu *cpu, bool goes_on)
 {
-    atomic_fetch_add(&cpu->run_serial, 1);
+    if (!goes_on)
+        atomic_fetch_add(&cpu->run_serial, 1);
     atomic_store(&cpu->inside, 1);
     if (!atomic_load(&ticker.parked))
         return;

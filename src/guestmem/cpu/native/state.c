@@ -75,7 +75,6 @@ static void load_sregs(struct cpu *cpu)
     load_segment(&env->tr, &from->tr);
     env->gdt.base = from->gdt.base, env->gdt.limit = from->gdt.limit;
     env->idt.base = from->idt.base, env->idt.limit = from->idt.limit;
-    bool other = env->cr[0] != from->cr0 || env->cr[3] != from->cr3 || env->cr[4] != from->cr4 || env->efer != from->efer;
     env->cr[0] = from->cr0;
     env->cr[2] = from->cr2;
     env->cr[3] = from->cr3;
@@ -83,8 +82,8 @@ static void load_sregs(struct cpu *cpu)
     env->efer = from->efer;
     cpu->tail->v_tpr = from->cr8 & 15;
     update_hflags(cpu);
-    if (other)
-        tlb_flush(cpu);
+    /* Whoever sets an address space from outside may have written its tables as well. */
+    tlb_flush(cpu);
 }
 
 static void store_sregs(struct cpu *cpu)
@@ -245,6 +244,7 @@ void forget_instruction(struct cpu *cpu)
     if (!cpu->pending.external)
         cpu->pending.vector = -1;
     cpu->ports.supply_next = cpu->ports.supply_size = 0;
+    cpu->mmio.write_count = 0;
     mmio_forget(cpu);
 }
 
