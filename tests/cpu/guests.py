@@ -21,6 +21,7 @@ from guestmem.cpu.engine import Engine, HostWindow, PageBit, SliceOver, Stop, Tr
 
 PAGE = 4096
 SIZE = 16 << 20
+DB, BP, UD, GP, PF, VC = 1, 3, 6, 13, 14, 29
 CODE, DATA, STACK, TABLES = 0x1000, 0x5000, 0x8000, 0x100000
 
 

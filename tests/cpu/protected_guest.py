@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from guestmem.cpu.engine import PageBit, PortOut, Stop
-from guestmem.cpu.exceptions import DB, GP, PF, UD, VC
+from tests.cpu.guests import DB, GP, PF, UD, VC
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, PAGE, STACK, TABLES, Memory, run, start_long
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from guestmem.cpu.engine import Halt, PortOut, Stage2Miss, Stop
-from guestmem.cpu.guest_walk import CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, PTE_P, PTE_W
+from guestmem.cpu.x86 import CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, PTE_P, PTE_W
 from guestmem.cpu.registers import DescriptorTable, Regs, Segment, Sregs
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import PAGE, SIZE, TABLES, Memory, run, start_long

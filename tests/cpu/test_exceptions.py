@@ -6,10 +6,7 @@ import pytest
 
 from guestmem.cpu import boot
 from guestmem.cpu.engine import Failed, Halt, Hypercall, PortOut, Shutdown, Stage2Miss, Stop
-from guestmem.cpu.exceptions import Event, decode_descriptor, deliver
-from guestmem.cpu.guest_memory import GuestPhysical, LinearMemory
-from guestmem.cpu.guest_walk import Paging
-from guestmem.cpu.registers import DescriptorTable, Regs, Segment, Sregs
+from guestmem.cpu.registers import DescriptorTable, Events, Regs, Segment, Sregs
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, DATA, PAGE, SIZE, STACK, TABLES, Memory, assemble, run, start_long, start_real
 
@@ -363,20 +360,24 @@ def test_virtual_8086_mode_is_refused(engine: UnicornEngine, memory: Memory) -> 
     assert run(engine) == Failed(CODE, "vector 6 in virtual-8086 mode")
 
 
-def test_deliver_changes_nothing_before_it_is_done(memory: Memory) -> None:
+def test_deliver_changes_nothing_before_it_is_done(engine: UnicornEngine, memory: Memory) -> None:
     """A stack that is not there: no register but CR2 differs after a triple fault."""
     regs, sregs = boot.long_mode(CODE, ELSEWHERE, TABLES, SIZE, memory.write)
     memory.write(IDT + 14 * 16, gate64(HANDLER).to_bytes(16, "little"))
     sregs.idt = DescriptorTable(IDT, 0xFFF)
-    linear = LinearMemory(Paging(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer), GuestPhysical(memory))
-    assert not deliver(Event(14, 2, address=0x1234), regs, sregs, linear)
-    fresh_regs, fresh_sregs = boot.long_mode(CODE, ELSEWHERE, TABLES, SIZE, memory.write)
-    fresh_sregs.idt, fresh_sregs.cr2 = DescriptorTable(IDT, 0xFFF), sregs.cr2
-    assert (regs, sregs) == (fresh_regs, fresh_sregs)
+    engine.set_sregs(sregs)
+    engine.set_regs(regs)
+    engine.set_events(Events(exception_injected=True, exception_nr=14, exception_error_code=2, exception_payload=0x1234))
+    assert run(engine) == Shutdown()
+    sregs.cr2 = ELSEWHERE - 8
+    assert (engine.get_regs(), engine.get_sregs()) == (regs, sregs)
 
 
-def test_decode_descriptor() -> None:
-    assert decode_descriptor(0x2B, 0xFFCF_FB12_3456_789A) == Segment(
-        base=0xFF12_3456, limit=0xF789_AFFF, selector=0x2B, type=11, present=1, dpl=3, db=1, s=1, l=0, g=1, avl=0
+def test_hidden_part_of_the_handlers_segment(engine: UnicornEngine, memory: Memory) -> None:
+    """Every field of a descriptor, as the delivery reads it."""
+    start(engine, memory, b"\x0f\x0b", {6: gate64(HANDLER)})
+    memory.set_word(GDT + KERNEL_CODE, 0x00BF_9B00_0000_789A)
+    assert run(engine) == Halt()
+    assert engine.get_sregs().cs == Segment(
+        base=0, limit=0xF789_AFFF, selector=8, type=11, present=1, dpl=0, db=0, s=1, l=1, g=1, avl=1
     )
-    assert decode_descriptor(0, 0).unusable == 1

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from guestmem.cpu import fpu
+from guestmem.cpu.block_state import AREA
 from guestmem.cpu.engine import Halt, PortOut
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import DATA, Memory, run, start_long
@@ -81,7 +81,7 @@ def test_the_guest_computes_with_it(engine: UnicornEngine, memory: Memory) -> No
 def test_area_of_xsave(engine: UnicornEngine) -> None:
     engine.set_fpu(an_image())
     area = engine.get_xsave()
-    assert (len(area), area[:512], area[512]) == (fpu.AREA, an_image(), 3)
+    assert (len(area), area[:512], area[512]) == (AREA, an_image(), 3)
     engine.set_fpu(bytes(512))
     engine.set_xsave(area.ljust(4096, b"\0"))
     assert engine.get_xsave() == area

@@ -14,7 +14,7 @@ from guestmem.cpu.engine import (
     Tdcall,
     Vmgexit,
 )
-from guestmem.cpu.exceptions import DB, GP, VC
+from tests.cpu.guests import DB, GP, VC
 from tests.cpu.guests import CODE, DATA, PAGE
 from tests.cpu.protected_guest import (
     C_BIT,

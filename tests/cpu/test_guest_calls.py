@@ -18,7 +18,7 @@ from guestmem.cpu.engine import (
     Tdcall,
     Vmgexit,
 )
-from guestmem.cpu.exceptions import GP, PF, UD
+from tests.cpu.guests import GP, PF, UD
 from guestmem.cpu.msrs import GHCB, SEV_STATUS
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, DATA, PAGE, TABLES, Memory, run, start_long, start_real

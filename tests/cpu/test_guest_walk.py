@@ -15,7 +15,7 @@ from unicorn import unicorn_const
 from guestmem.cpu import uc_native
 from guestmem.cpu.cpu_state import Cpu
 from guestmem.cpu.engine import PageBit
-from guestmem.cpu.guest_walk import (
+from guestmem.cpu.x86 import (
     CR0_PE,
     CR0_PG,
     CR0_WP,

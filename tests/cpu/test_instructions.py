@@ -57,7 +57,5 @@ def test_amd64_syscall_and_back(engine: UnicornEngine, memory: Memory) -> None:
 def test_fault_of_an_int_is_at_the_int(engine: UnicornEngine, memory: Memory, code: bytes, length: int) -> None:
     """Without an IDT the delivery faults thrice; RIP of the state stays past the instruction that is complete."""
     start_long(engine, memory, code)
-    assert engine._vcpu.instructions.linear_rip() == CODE
     assert run(engine) == Shutdown()
     assert engine.get_regs().rip == CODE + length
-    assert engine._vcpu.instructions.int_length(3) == length

@@ -450,7 +450,7 @@ class TestLifecycle:
         engine = UnicornEngine(memory)
         start_real(engine, memory, HLT)
         run(engine)
-        finalizer = engine._core._finalizer
+        finalizer = engine._finalizer
         gone = weakref.ref(engine)
         del engine
         gc.collect()
