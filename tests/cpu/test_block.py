@@ -36,6 +36,18 @@ def segments() -> st.SearchStrategy[Segment]:
 
 TABLES = st.builds(DescriptorTable, U64, st.integers(0, 0xFFFF))
 SREGS = st.builds(
+    Sregs,
+    **{name: segments() for name in b.SEGMENTS},
+    gdt=TABLES,
+    idt=TABLES,
+    cr0=st.integers(0, (1 << 32) - 1),
+    cr2=U64,
+    cr3=U64,
+    cr4=st.integers(0, (1 << 32) - 1),
+    cr8=st.integers(0, 15),
+    efer=st.integers(0, 0xFFFF),
+)
+REGS = st.builds(
     Regs,
     **dict.fromkeys(b.REG_NAMES[:-1], U64),
     rflags=st.integers(0, (1 << 22) - 1).map(lambda value: value & ~0x28 | 2),
