@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from guestmem.cli.huge_pages import SIZES
+from guestmem.cpu import block
 from guestmem.memory.host_pages import host_pages
 from guestmem.memory.huge_backing import new_huge_backing
 from guestmem.memory.pages import ORDER_2M
@@ -119,7 +119,11 @@ def _nodes() -> Finding:
 
 
 def _engine() -> Finding:
-    return Finding("CPU engine", True, f"Unicorn {version('unicorn')}")
+    missing = block.missing()
+    if missing is None:
+        return Finding("CPU engine", True, str(block.LIBRARY))
+    compiler = "there is gcc: reinstall guestmem" if shutil.which("gcc") else "install gcc, then reinstall guestmem"
+    return Finding("CPU engine", False, f"{missing}; {compiler}")
 
 
 def _read(path: str | Path) -> str:

@@ -185,6 +185,10 @@ class Vcpu:
                 return ShutdownExit()
             case cpu.InterruptWindow():
                 return IrqWindowOpenExit()
+            case cpu.HostFault():
+                return self._host_fault(stop)
+            case cpu.ReadMsr() | cpu.WriteMsr() | cpu.Debug():
+                return InternalErrorExit(self.engine.get_regs().rip, f"{type(stop).__name__} that nobody asked for")
             case cpu.Failed():
                 return InternalErrorExit(stop.rip, stop.why)
             case FailEntryExit():
@@ -243,6 +247,13 @@ class Vcpu:
         if outcome is FaultResult.MMIO:
             return await self._handle(self.engine.emulate_mmio(stop.gpa, stop.write))
         return None
+
+    def _host_fault(self, stop: cpu.HostFault) -> Exit:
+        """The memory of a slot that cannot be touched. Source: hva_to_pfn_slow, kvm_handle_error_pfn."""
+        refusal = Refusal(errno.EFAULT, "user.page", gpa=stop.gpa, write=stop.write)
+        gfn = gfn_of(stop.gpa)
+        private = self.kvm.access_of(gfn, self.kvm.memslots.find(gfn)) is Access.PRIVATE
+        return MemoryFaultExit(stop.gpa & -PAGE_SIZE, PAGE_SIZE, private, refusal)
 
     def _was_private(self, stop: cpu.Stage2Miss) -> bool:
         """The access that the guest made: what it asserts, or for a VM that cannot assert, what the state says."""

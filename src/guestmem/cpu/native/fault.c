@@ -65,13 +65,22 @@ bool cpu_handle_fault(int signal, siginfo_t *info, void *context)
 
 static void pass_on(int signal, siginfo_t *info, void *context)
 {
+    static __thread bool passing;
     struct sigaction *old = &previous[signal == SIGBUS];
+    /* A handler that was set after ours hands the signal back to us: then the default ends the process. */
+    if (passing) {
+        struct sigaction none = {.sa_handler = SIG_DFL};
+        sigaction(signal, &none, NULL);
+        return;
+    }
+    passing = true;
     if (old->sa_flags & SA_SIGINFO)
         old->sa_sigaction(signal, info, context);
     else if (old->sa_handler == SIG_DFL)
         sigaction(signal, old, NULL); /* the access is repeated, and ends the process */
     else if (old->sa_handler != SIG_IGN)
         old->sa_handler(signal);
+    passing = false;
 }
 
 static void on_fault(int signal, siginfo_t *info, void *context)
