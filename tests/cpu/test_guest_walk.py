@@ -1,20 +1,18 @@
-"""The walk: against Unicorn's own MMU on random tables, and case by case where that has nothing to say."""
+"""The walk of the engine: against a model on random tables; then the model, case by case."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unicorn import unicorn_const
 
-from guestmem.cpu import uc_native
-from guestmem.cpu.cpu_state import Cpu
-from guestmem.cpu.engine import PageBit
+from guestmem.cpu.cpuid import DEFAULT_CPUID
+from guestmem.cpu.engine import PageBit, PortOut, Stage2Miss, Stop
+from guestmem.cpu.registers import DescriptorTable, Events, Regs, Segment, Sregs
+from guestmem.cpu.unicorn import UnicornEngine
 from guestmem.cpu.x86 import (
     CR0_PE,
     CR0_PG,
@@ -34,21 +32,15 @@ from guestmem.cpu.x86 import (
     PTE_PS,
     PTE_U,
     PTE_W,
-    Access,
-    GuestPage,
-    Paging,
-    TableMiss,
-    Walk,
-    WalkFault,
-    walk,
 )
-from guestmem.cpu.registers import Regs, Segment, Sregs
+from tests.cpu.guests import Memory, run
+from tests.cpu.walk_model import Access, GuestPage, Paging, TableMiss, Walk, WalkFault, walk
 
 PAGE = 4096
-PAGES, CODE_PAGE, FIRST_DATA = 64, 30, 32
-PHYSICAL_BITS = 40  # of Unicorn's MMU
+PAGES, CODE_PAGE, IDT_PAGE, FIRST_DATA = 64, 30, 31, 32
+PHYSICAL_BITS = 40
 RWA = PTE_P | PTE_W | PTE_U | PTE_A
-INT3 = b"\xcc"
+OUT = b"\xe6\x80"
 
 
 class Mode(NamedTuple):
@@ -76,7 +68,7 @@ class Tables:
     """Guest memory of 64 pages: the root of the tables in page 0, other tables, code, and data from FIRST_DATA on."""
 
     def __init__(self) -> None:
-        self.bytes = bytearray(FIRST_DATA * PAGE) + bytearray(INT3 * (PAGES - FIRST_DATA) * PAGE)
+        self.bytes = bytearray(FIRST_DATA * PAGE) + bytearray(OUT * ((PAGES - FIRST_DATA) * PAGE // 2))
         self.missing: set[int] = set()
         self.read_only: set[int] = set()
 
@@ -106,48 +98,62 @@ class Tables:
         return walk(paging, linear, access, self.read64, self.write64)
 
 
-class NativeMmu:
-    """Unicorn with the MMU of QEMU. The guest does one access and then INT3."""
+class Machine:
+    """The engine on a copy of the tables. The guest does one access, and then OUT; or it faults, and the delivery of the
+    exception meets a page that stage 2 refuses, where the registers tell which it is."""
 
-    CODE = {Access.READ: b"\x8a\x07" + INT3, Access.WRITE: b"\x88\x07" + INT3, Access.FETCH: b"\xff\xe7"}
+    CODE = {Access.READ: b"\x8a\x07" + OUT, Access.WRITE: b"\x88\x07" + OUT, Access.FETCH: b"\xff\xe7"}
 
-    def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, PAGES * PAGE)
-        self._view = ctypes.c_char.from_buffer(self.memory)
-        self.handle = uc_native.open_handle()
-        uc_native.set_tlb_mode(self.handle, unicorn_const.UC_TLB_CPU)
-        uc_native.mem_map_ptr(self.handle, 0, PAGES * PAGE, 7, ctypes.addressof(self._view))
-        self.cpu = Cpu(self.handle)
+    def __init__(self, bit: PageBit | None = None) -> None:
+        self.memory = Memory(PAGES * PAGE, bit)
+        self.engine = UnicornEngine(self.memory)
 
     def close(self) -> None:
-        uc_native.close(self.handle)
-        del self._view
+        self.engine.close()
         self.memory.close()
 
-    def access(self, tables: Tables, paging: Paging, code: int, linear: int, access: Access) -> WalkFault | bytes:
-        """The fault, or memory afterwards."""
-        self.memory[:] = bytes(tables.bytes)
-        self.memory[CODE_PAGE * PAGE : CODE_PAGE * PAGE + len(self.CODE[access])] = self.CODE[access]
+    def access(self, tables: Tables, paging: Paging, code: int, linear: int, access: Access) -> WalkFault | bytes | Stop:
+        """The fault, memory afterwards, or what stage 2 refused."""
+        memory, engine = self.memory, self.engine
+        memory.bytes[:] = bytes(tables.bytes)
+        memory.write(CODE_PAGE * PAGE, self.CODE[access])
+        memory.denied, memory.read_only = {IDT_PAGE, *tables.missing}, set(tables.read_only)
+        memory.asked.clear()
         cpl, long_mode = paging.cpl, int(paging.long_mode)
         sregs = Sregs(cr0=paging.cr0, cr3=paging.cr3, cr4=paging.cr4, efer=paging.efer)
         sregs.cs = Segment(0, 0xFFFFFFFF, 8 + cpl, type=11, dpl=cpl, l=long_mode, db=1 - long_mode, g=1)
-        sregs.ss = sregs.ds = Segment(0, 0xFFFFFFFF, 16 + cpl, type=3, dpl=cpl, db=1, g=1)
-        self.cpu.set_sregs(sregs)
-        self.cpu.set_regs(Regs(rip=code, rdi=linear, rax=0xCC, rflags=2 | int(paging.ac) << 18))
-        self.cpu.tail.old_exception = -1
-        uc_native.flush_tlb(self.handle)
-        uc_native.flush_code(self.handle)
-        error = uc_native.emu_start(self.handle, code, 0, 0, 0)
-        assert error == uc_native.ERR_EXCEPTION, uc_native.error_text(error)
-        vector = self.cpu.pass_end.exception_index
-        return self.memory[:] if vector == 3 else WalkFault(vector, self.cpu.tail.error_code)
+        sregs.ss = sregs.ds = sregs.es = Segment(0, 0xFFFFFFFF, 16 + cpl, type=3, dpl=cpl, db=1, g=1)
+        sregs.idt, sregs.gdt = DescriptorTable(code + PAGE, 0xFFF), DescriptorTable(1 << 40, 0)
+        engine.set_cpuid(DEFAULT_CPUID | {(0x8000_0008, 0): (57 << 8 | paging.physical_bits, 0, 0, 0)})
+        engine.set_sregs(sregs)
+        engine.set_regs(Regs(rip=code, rdi=linear, rax=0xCC, rflags=2 | 3 << 12 | int(paging.ac) << 18))
+        engine.set_events(Events())
+        engine.flush_tlb()
+        stop = run(engine)
+        if isinstance(stop, PortOut):
+            return memory.bytes[:]
+        events = engine.get_events()
+        if isinstance(stop, Stage2Miss) and events.exception_injected:
+            return WalkFault(events.exception_nr, events.exception_error_code or 0)
+        return stop
 
 
 @pytest.fixture(scope="module")
-def native() -> Iterator[NativeMmu]:
-    mmu = NativeMmu()
-    yield mmu
-    mmu.close()
+def machine() -> Iterator[Machine]:
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+def with_code(tables: Tables, mode: Mode, cpl: int = 0) -> None:
+    """Map the code, and behind it the IDT, at an address apart."""
+    path = [PTE_P if mode is MODES["PAE"] else RWA] + [RWA] * (len(mode.shifts) - 1)
+    rights = PTE_P | PTE_A | (PTE_U if cpl == 3 else 0)
+    path[-1] = CODE_PAGE * PAGE | rights
+    last = tables.map(mode, mode.code, path, 10)[-1]
+    size = mode.entry_size
+    idt = IDT_PAGE * PAGE | PTE_P | PTE_A
+    tables.bytes[last + size : last + 2 * size] = idt.to_bytes(size, "little")
 
 
 @st.composite
@@ -163,7 +169,7 @@ def an_entry(draw: st.DrawFn, mode: Mode) -> int:
 @pytest.mark.parametrize("name", MODES)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_against_the_mmu_of_qemu(native: NativeMmu, name: str, data: st.DataObject) -> None:
+def test_against_the_model(machine: Machine, name: str, data: st.DataObject) -> None:
     mode, draw = MODES[name], data.draw
     cpl = draw(st.sampled_from((0, 3)))
     bits = [draw(st.sampled_from((0, bit))) for bit in (CR0_WP, CR4_SMEP, CR4_SMAP, EFER_NXE)]
@@ -185,18 +191,80 @@ def test_against_the_mmu_of_qemu(native: NativeMmu, name: str, data: st.DataObje
     entries[-1] = entries[-1] & ~(1 << 13) | linear & (PAGES - 1) * PAGE
     tables = Tables()
     tables.map(mode, linear, entries, 1)
-    path = [PTE_P if name == "PAE" else RWA] + [RWA] * (len(mode.shifts) - 1)
-    path[-1] = CODE_PAGE * PAGE | PTE_P | PTE_A | (PTE_U if cpl == 3 else 0)
-    tables.map(mode, mode.code, path, 10)
+    with_code(tables, mode, cpl)
     access = draw(st.sampled_from(Access))
-    expected = native.access(tables, paging, mode.code, linear, access)
-    found = tables.walk(paging, linear, access)
+    found = machine.access(tables, paging, mode.code, linear, access)
+    expected = tables.walk(paging, linear, access)
     if isinstance(expected, WalkFault):
         assert found == expected
     else:
-        assert isinstance(found, GuestPage)
-        assert tables.bytes[: CODE_PAGE * PAGE] == expected[: CODE_PAGE * PAGE], "accessed and dirty bits"
-        assert found.writable or access is not Access.WRITE
+        assert isinstance(expected, GuestPage)
+        assert isinstance(found, bytes), found
+        assert tables.bytes[: CODE_PAGE * PAGE] == found[: CODE_PAGE * PAGE], "accessed and dirty bits"
+        if access is Access.WRITE:
+            assert found[expected.gpa] == 0xCC
+
+
+def both(
+    tables: Tables, paging: Paging, linear: int, access: Access, mode: str = "4-level"
+) -> tuple[Walk, WalkFault | bytes | Stop, list[tuple[int, bool, bool | None]]]:
+    """What the model says, what the engine does, and what it asked of stage 2."""
+    with_code(tables, MODES[mode], paging.cpl)
+    machine = Machine(paging.page_bit)
+    try:
+        found = machine.access(tables, paging, MODES[mode].code, linear, access)
+        return tables.walk(paging, linear, access), found, list(machine.memory.asked)
+    finally:
+        machine.close()
+
+
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("write", [False, True])
+def test_table_that_stage_2_refuses(level: int, write: bool) -> None:
+    """To be read, or to be marked: the stop names the entry."""
+    tables, places = long_tables(RWA & ~PTE_A | FIRST_DATA * PAGE)
+    for gpa in places:
+        entry = tables.read64(gpa)
+        assert entry is not None
+        tables.write64(gpa, entry & ~PTE_A)
+    refused = tables.read_only if write else tables.missing
+    if level == 0 and not write:
+        return  # the code is reached through the same table
+    refused.add(places[level] // PAGE)
+    _, found, _ = both(tables, long_paging(), 0, Access.READ)
+    assert found == Stage2Miss(places[level], write=write)
+
+
+@pytest.mark.parametrize("bit", [PageBit(51, set_is_private=True), PageBit(47, set_is_private=False)])
+@pytest.mark.parametrize("is_set", [True, False])
+def test_what_the_page_bit_asks_of_stage_2(bit: PageBit, is_set: bool) -> None:
+    """It is no part of the address, and says which kind of page the guest means; tables are private."""
+    mask = 1 << bit.position if is_set else 0
+    code = 1 << bit.position if bit.set_is_private else 0
+    tables = Tables()
+    tables.map(MODES["4-level"], 0, [RWA, RWA, RWA, RWA | PTE_D | FIRST_DATA * PAGE | mask], 1)
+    expected, found, asked = both(tables, long_paging(physical_bits=48, page_bit=bit), 0, Access.WRITE)
+    assert isinstance(expected, GuestPage) and isinstance(found, bytes)
+    assert (FIRST_DATA * PAGE, True, is_set is bit.set_is_private) in asked
+    assert {private for gpa, _, private in asked if gpa < CODE_PAGE * PAGE} == {True}
+    assert code in (0, 1 << 51)
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_shared_bit_where_a_td_may_not_have_it(level: int) -> None:
+    """In tables, and in the leaf of code."""
+    entries = [RWA & ~PTE_U | (1 << 47 if at == level else 0) for at in range(4)]
+    entries[3] |= FIRST_DATA * PAGE | PTE_D
+    tables = Tables()
+    tables.map(MODES["4-level"], 1 << 30, entries, 1)
+    paging = long_paging(page_bit=SHARED_BIT, cr4=CR4_SMEP)
+    for access in (Access.READ, Access.FETCH):
+        if level == 0:
+            continue  # the code is reached through the same entry
+        expected, found, _ = both(tables, paging, 1 << 30, access)
+        assert isinstance(expected, GuestPage) == isinstance(found, bytes)
+        if isinstance(expected, WalkFault):
+            assert found == expected
 
 
 def long_tables(leaf: int = RWA | PTE_D | FIRST_DATA * PAGE) -> tuple[Tables, list[int]]:
