@@ -6,14 +6,15 @@ The peer of the code's speed is Unicorn alone: the same loop, no hook but a TLB 
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
+from typing import Any
 
 from unicorn import unicorn_const, x86_const
+from unicorn.unicorn_py3.unicorn import Uc
 
 from bench.harness import Row, Work, compare, report, show
-from guestmem.cpu import boot, uc_native
+from guestmem.cpu import boot
 from guestmem.host import Host, VcpuHandle
 from guestmem.kvm.exits import HltExit
 from guestmem.memory import Access
@@ -124,20 +125,18 @@ def _bare(guest: Guest, registers: dict[str, int]) -> float:
     """Seconds for the guest's code on Unicorn with a TLB that maps guest addresses straight to the file."""
     base, size = guest.gmem.inode.backing.window(guest.gmem.inode.folios.present.min())  # type: ignore[arg-type]
 
-    def fill(_uc: int, linear: int, kind: int, entry: ctypes._Pointer[uc_native.TlbEntry], _data: int) -> bool:
+    def fill(_uc: Uc, linear: int, kind: int, entry: Any, _data: object) -> bool:
         # Data is not executable: Unicorn takes each store to an executable page the slow way.
-        entry[0].paddr, entry[0].perms = base + linear, 7 if kind == unicorn_const.UC_MEM_FETCH else 3
+        entry.paddr, entry.perms = base + linear, 7 if kind == unicorn_const.UC_MEM_FETCH else 3
         return True
 
-    handle = uc_native.open_handle()
-    hook = uc_native.FillHook(fill)
-    uc_native.hook_add(handle, unicorn_const.UC_HOOK_TLB_FILL, hook)
-    uc_native.check(uc_native.mem_map_ptr(handle, base, size, 7, base), "uc_mem_map_ptr")
+    machine: Any = Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
+    machine.ctl_set_cpu_model(x86_const.UC_CPU_X86_EPYC)
+    machine.ctl_set_tlb_mode(unicorn_const.UC_TLB_VIRTUAL)
+    machine.hook_add(unicorn_const.UC_HOOK_TLB_FILL, fill)
+    machine.mem_map_ptr(base, size, 7, base)
     for name, value in {"rsp": STACK, **registers}.items():
-        register = getattr(x86_const, f"UC_X86_REG_{name.upper()}")
-        uc_native.reg_write(handle, register, ctypes.byref(ctypes.c_uint64(value)))
+        machine.reg_write(getattr(x86_const, f"UC_X86_REG_{name.upper()}"), value)
     began = time.perf_counter()
-    uc_native.check(uc_native.emu_start(handle, CODE, 0, 0, 0), "uc_emu_start")
-    took = time.perf_counter() - began
-    uc_native.close(handle)
-    return took
+    machine.emu_start(CODE, 0)
+    return time.perf_counter() - began

@@ -1,9 +1,10 @@
-"""Two and more CPUs at once, for test_parallel.py: the mode is one of a process. Prints what went wrong, exits with 1."""
+"""Two and more CPUs at once, for test_parallel.py: the mode is one of a process. Exits with 1 if anything is wrong."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 from guestmem.cpu import block as b
 from guestmem.cpu.engine import Halt
@@ -45,7 +46,7 @@ def atomics(cpus: int, rounds: int, wide: int) -> None:
     all_ = [Cpu(space) for _ in range(cpus)]
     for i, cpu in enumerate(all_):
         cpu.start(CODE, memory, 0x8000 + i * 0x1000, r8=rounds, r9=wide)
-    at_once(*(lambda cpu=cpu: cpu.run_until(Halt) for cpu in all_))  # type: ignore[misc]
+    at_once(*(lambda cpu=cpu: cpu.run_until(Halt) for cpu in all_))
     found = [memory.word(DATA + at) for at in (0, 8, 16, 0x3C, 0x80, 0x88)]
     want = [cpus * rounds] * 4 + [cpus * wide] * 2
     exclusive = sum(cpu.block.exclusive for cpu in all_)
@@ -122,7 +123,7 @@ def shared_nothing(rounds: int) -> None:
         for i, cpu in enumerate(cpus):
             cpu.start(CODE, memory, rbx=0x10000 + i * 0x1000, rcx=rounds)
         begin = time.monotonic()
-        at_once(*(lambda cpu=cpu: cpu.run_until(Halt) for cpu in cpus))  # type: ignore[misc]
+        at_once(*(lambda cpu=cpu: cpu.run_until(Halt) for cpu in cpus))
         end = time.monotonic()
         for cpu in cpus:
             cpu.close()
@@ -135,4 +136,9 @@ def shared_nothing(rounds: int) -> None:
 if __name__ == "__main__":
     b.library().cpu_set_mode(2)
     what, *numbers = sys.argv[1:]
-    {"atomics": atomics, "modified_across": modified_across, "shared_nothing": shared_nothing}[what](*map(int, numbers))
+    cases: dict[str, Callable[..., None]] = {
+        "atomics": atomics,
+        "modified_across": modified_across,
+        "shared_nothing": shared_nothing,
+    }
+    cases[what](*map(int, numbers))

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from guestmem.cpu.engine import PageBit, PortOut, Stop
-from tests.cpu.guests import DB, GP, PF, UD, VC
 from guestmem.cpu.unicorn import UnicornEngine
-from tests.cpu.guests import CODE, PAGE, STACK, TABLES, Memory, run, start_long
+from tests.cpu.guests import CODE, DB, GP, PAGE, PF, STACK, TABLES, UD, VC, Memory, run, start_long
 
 HLT = b"\xf4"
 VMCALL, VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from guestmem.cpu.engine import Halt, PortOut, Stage2Miss, Stop
-from guestmem.cpu.x86 import CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, PTE_P, PTE_W
 from guestmem.cpu.registers import DescriptorTable, Regs, Segment, Sregs
 from guestmem.cpu.unicorn import UnicornEngine
+from guestmem.cpu.x86 import CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, PTE_P, PTE_W
 from tests.cpu.guests import PAGE, SIZE, TABLES, Memory, run, start_long
 
 CODE, STACK_TOP, IDT, GDT, ROOT5 = 0x10000, 0x80000, 0x90000, 0x91000, 0x92000

@@ -367,7 +367,9 @@ def test_deliver_changes_nothing_before_it_is_done(engine: UnicornEngine, memory
     sregs.idt = DescriptorTable(IDT, 0xFFF)
     engine.set_sregs(sregs)
     engine.set_regs(regs)
-    engine.set_events(Events(exception_injected=True, exception_nr=14, exception_error_code=2, exception_payload=0x1234))
+    engine.set_events(
+        Events(exception_injected=True, exception_nr=14, exception_error_code=2, exception_payload=0x1234)
+    )
     assert run(engine) == Shutdown()
     sregs.cr2 = ELSEWHERE - 8
     assert (engine.get_regs(), engine.get_sregs()) == (regs, sregs)

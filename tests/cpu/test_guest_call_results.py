@@ -14,8 +14,7 @@ from guestmem.cpu.engine import (
     Tdcall,
     Vmgexit,
 )
-from tests.cpu.guests import DB, GP, VC
-from tests.cpu.guests import CODE, DATA, PAGE
+from tests.cpu.guests import CODE, DATA, DB, GP, PAGE, VC
 from tests.cpu.protected_guest import (
     C_BIT,
     HLT,

@@ -18,10 +18,9 @@ from guestmem.cpu.engine import (
     Tdcall,
     Vmgexit,
 )
-from tests.cpu.guests import GP, PF, UD
 from guestmem.cpu.msrs import GHCB, SEV_STATUS
 from guestmem.cpu.unicorn import UnicornEngine
-from tests.cpu.guests import CODE, DATA, PAGE, TABLES, Memory, run, start_long, start_real
+from tests.cpu.guests import CODE, DATA, GP, PAGE, PF, TABLES, UD, Memory, run, start_long, start_real
 from tests.cpu.protected_guest import (
     C_BIT,
     HLT,

@@ -99,8 +99,11 @@ class Tables:
 
 
 class Machine:
-    """The engine on a copy of the tables. The guest does one access, and then OUT; or it faults, and the delivery of the
-    exception meets a page that stage 2 refuses, where the registers tell which it is."""
+    """The engine on a copy of the tables.
+
+    The guest does one access, and then OUT; or it faults, and the delivery of the exception meets a page that stage 2
+    refuses, where the registers tell which it is.
+    """
 
     CODE = {Access.READ: b"\x8a\x07" + OUT, Access.WRITE: b"\x88\x07" + OUT, Access.FETCH: b"\xff\xe7"}
 
@@ -112,7 +115,9 @@ class Machine:
         self.engine.close()
         self.memory.close()
 
-    def access(self, tables: Tables, paging: Paging, code: int, linear: int, access: Access) -> WalkFault | bytes | Stop:
+    def access(
+        self, tables: Tables, paging: Paging, code: int, linear: int, access: Access
+    ) -> WalkFault | bytes | Stop:
         """The fault, memory afterwards, or what stage 2 refused."""
         memory, engine = self.memory, self.engine
         memory.bytes[:] = bytes(tables.bytes)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from guestmem.cpu.engine import Halt, HostFault, PortOut, SliceOver, Translation
-from guestmem.cpu.registers import DescriptorTable
+from guestmem.cpu.registers import DescriptorTable, Regs
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, PAGE, SIZE, TABLES, Memory, assemble, run, start_long
 
@@ -108,7 +108,7 @@ def test_access(engine: UnicornEngine, memory: Fragile, name: str, warm: bool) -
     assert run(engine) == Halt()
 
 
-def _at_start(engine: UnicornEngine, **registers: int) -> object:
+def _at_start(engine: UnicornEngine, **registers: int) -> Regs:
     regs = engine.get_regs()
     regs.rip = CODE
     for name, value in registers.items():
@@ -120,7 +120,7 @@ def test_inc_happens_once(engine: UnicornEngine, memory: Fragile) -> None:
     begin(engine, memory, assemble("inc qword ptr [rdi]; inc qword ptr [rdi]") + HLT, rdi=FAR)
     assert run(engine) == Halt()
     memory.cut()
-    engine.set_regs(_at_start(engine))  # type: ignore[arg-type]
+    engine.set_regs(_at_start(engine))
     assert isinstance(run(engine), HostFault)
     memory.grow()
     assert run(engine) == Halt()

@@ -14,10 +14,10 @@ import threading
 import pytest
 
 from guestmem.cpu.engine import Halt, PortOut, SliceOver, Stage2Miss, Stop
-from guestmem.cpu.x86 import EFER_LME, EFER_SCE
 from guestmem.cpu.msrs import EFER, LSTAR, MISC_ENABLE, STAR
 from guestmem.cpu.registers import DescriptorTable, Regs
 from guestmem.cpu.unicorn import UnicornEngine
+from guestmem.cpu.x86 import EFER_LME, EFER_SCE
 from tests.cpu.guests import CODE, PAGE, STACK, TABLES, Memory, assemble, start_long
 
 IDT, HANDLER = 0x20000, 0x9000
@@ -170,9 +170,7 @@ def run_disturbed(engine: UnicornEngine, memory: Memory, chance: random.Random) 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_outcome_is_the_same(
-    memory: Memory, undisturbed: tuple[Regs, bytes], seed: int
-) -> None:
+def test_the_outcome_is_the_same(memory: Memory, undisturbed: tuple[Regs, bytes], seed: int) -> None:
     engine, chance = prepare(memory), random.Random(seed)
     over = threading.Event()
     kicker = threading.Thread(target=kick_until, args=(engine, over))

@@ -47,7 +47,8 @@ def test_any_order_of_three_addresses(engine: UnicornEngine, memory: Memory, see
     chance = random.Random(seed)
     between = ("", "", "", CR3, f"invlpg [{LINEAR[1]}]")
     steps = [
-        (chance.choice(LINEAR), chance.choice(LINEAR), chance.randrange(256), chance.choice(between)) for _ in range(120)
+        (chance.choice(LINEAR), chance.choice(LINEAR), chance.randrange(256), chance.choice(between))
+        for _ in range(120)
     ]
     start(engine, memory, "".join(step(*what) for what in steps) + "hlt")
     for _, _, value, _ in steps:

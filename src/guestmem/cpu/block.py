@@ -1,7 +1,7 @@
 """The block of a CPU as native/cpu.h has it, and the library itself.
 
-The block holds all state of the CPU while it does not run. It may lie in memory that two processes share: the one whose CPU
-it is, and the one that steers.
+The block holds all state of the CPU while it does not run. It may lie in memory that two processes share: the one whose
+CPU it is, and the one that steers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The state of a vCPU that lies in a block. Whoever has the block may use it, while the CPU is not inside of cpu_run()."""
+"""The state of a vCPU that lies in a block: for whoever has the block, while the CPU is not inside of cpu_run()."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 from guestmem.cpu import block as b
 from guestmem.cpu import cpuid
@@ -80,7 +81,7 @@ class BlockState:
         """Segments with their hidden parts, and control registers."""
         self._check_open()
         sregs = self.block.sregs
-        segments = {name: _segment(getattr(sregs, name)) for name in b.SEGMENTS}
+        segments: dict[str, Any] = {name: _segment(getattr(sregs, name)) for name in b.SEGMENTS}
         controls = {name: getattr(sregs, name) for name in b.CONTROLS}
         gdt, idt = (DescriptorTable(table.base, table.limit) for table in (sregs.gdt, sregs.idt))
         return Sregs(**segments, gdt=gdt, idt=idt, **controls)

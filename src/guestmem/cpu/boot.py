@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeAlias
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from guestmem.cpu.x86 import CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, PTE_P, PTE_PS, PTE_U, PTE_W
 from guestmem.cpu.registers import DescriptorTable, Regs, Segment, Sregs
+from guestmem.cpu.x86 import CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, PTE_P, PTE_PS, PTE_U, PTE_W
 
 Write: TypeAlias = Callable[[int, bytes], None]
 

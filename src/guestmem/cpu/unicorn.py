@@ -1,8 +1,8 @@
 """UnicornEngine: the default engine, the library of native/ in this process.
 
 The library executes, on Unicorn (QEMU's TCG), and stops at what it needs somebody for; here the leaves of stage 2 are
-asked of GuestMemory and the stops are put into `engine`'s words. Limits: no virtual-8086 mode, no task gates; TCG checks no
-segment limits; see also native/code.c, native/mmio.c and holds_descriptors() of native/tlb.c.
+asked of GuestMemory and the stops are put into `engine`'s words. Limits: no virtual-8086 mode, no task gates; TCG
+checks no segment limits; see also native/code.c, native/mmio.c and holds_descriptors() of native/tlb.c.
 """
 
 from __future__ import annotations
