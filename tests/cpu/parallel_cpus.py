@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 from guestmem.cpu import block as b
-from guestmem.cpu.engine import Halt
+from guestmem.cpu.engine import Halt, SliceOver, Stage2Miss
 from tests.cpu.guests import CODE, DATA, PAGE, TABLES, Memory, assemble
 from tests.cpu.raw import Cpu, Space, at_once
 
@@ -133,6 +139,103 @@ def shared_nothing(rounds: int) -> None:
     print(f"scale {2 * one / two:.2f}")
 
 
+def dropped(cpus: int, rounds: int) -> None:
+    """Leaves are dropped under CPUs that write through them: no write comes after the drop has returned."""
+    memory = Memory()
+    space = Space(memory)
+    memory.write(CODE, b"\x48\xff\x03\xeb\xfb")  # 1: inc [rbx]; jmp 1b
+    all_ = [Cpu(space) for _ in range(cpus)]
+    for i, cpu in enumerate(all_):
+        cpu.start(CODE, memory, rbx=DATA + i * 64)
+    over, closed = threading.Event(), threading.Event()
+
+    def execute(cpu: Cpu) -> int:
+        misses = 0
+        while not over.is_set():
+            stop = cpu.run()
+            if isinstance(stop, Stage2Miss):
+                misses += 1
+                while closed.is_set() and not over.is_set():
+                    time.sleep(0)
+        return misses
+
+    def drop() -> None:
+        took = []
+        for _ in range(rounds):
+            time.sleep(2e-4)
+            closed.set()
+            began = time.monotonic()
+            space.drop(DATA // PAGE, 1)
+            took.append(time.monotonic() - began)
+            before = memory.read(DATA, PAGE)
+            time.sleep(1e-4)
+            assert memory.read(DATA, PAGE) == before, "written after the drop"
+            space.map(DATA // PAGE, 1, memory.window.base + DATA)
+            closed.clear()
+        over.set()
+        for cpu in all_:
+            cpu.kick()
+        took.sort()
+        print(f"drop under {cpus} CPUs: median {took[rounds // 2] * 1e6:.0f} us, worst {took[-1] * 1e6:.0f} us")
+
+    misses = at_once(drop, *(lambda cpu=cpu: execute(cpu) for cpu in all_))[1:]
+    assert all(isinstance(n, int) and n > rounds // 4 for n in misses), misses
+    for i in range(cpus):
+        assert memory.word(DATA + i * 64) > 0
+    for cpu in all_:
+        cpu.close()
+    space.close()
+
+
+def blocked() -> None:
+    """A CPU that waits in a fault of the host holds nobody up: not one that must be alone, once it is kicked."""
+    memory = Memory()
+    space = Space(memory)
+    absent = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(absent))
+    uffd = register(address)
+    far = 0x700000
+    space.map(far // PAGE, 1, address)
+    memory.write(CODE, b"\x8a\x03\xf4")  # mov al, [rbx]; hlt
+    memory.write(0x2000, assemble("lock inc qword ptr [rbx + 0x3c]; hlt", address=0x2000))
+    waiting, alone = Cpu(space), Cpu(space)
+    waiting.start(CODE, memory, 0x8000, rbx=far)
+    alone.start(0x2000, memory, 0x9000, rbx=DATA)
+
+    def be_alone() -> None:
+        os.read(uffd, 32)  # the fault: the other CPU is blocked in it
+        kicker = threading.Timer(0.05, alone.kick)
+        kicker.start()
+        assert alone.run() == SliceOver()
+        kicker.join()
+        assert alone.get_regs().rip == 0x2000 and memory.word(DATA + 0x3C) == 0
+        space.drop(DATA // PAGE, 1, wait=False)
+        space.map(DATA // PAGE, 1, memory.window.base + DATA)
+        fill(uffd, address)
+        alone.run_until(Halt)
+        assert memory.word(DATA + 0x3C) == 1
+
+    at_once(lambda: waiting.run_until(Halt), be_alone)
+    for cpu in (waiting, alone):
+        cpu.close()
+    space.close()
+
+
+def register(address: int) -> int:
+    """A userfaultfd for the page at `address`. Exits with 77 where there is none."""
+    uffd = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC)
+    if uffd < 0:
+        sys.exit(77)
+    fcntl.ioctl(uffd, 0xC018AA3F, struct.pack("<QQQ", 0xAA, 0, 0))  # UFFDIO_API
+    fcntl.ioctl(uffd, 0xC020AA00, struct.pack("<QQQQ", address, PAGE, 1, 0))  # UFFDIO_REGISTER, missing
+    return int(uffd)
+
+
+def fill(uffd: int, address: int) -> None:
+    """UFFDIO_ZEROPAGE."""
+    fcntl.ioctl(uffd, 0xC020AA04, struct.pack("<QQQq", address, PAGE, 0, 0))
+
+
 if __name__ == "__main__":
     b.library().cpu_set_mode(2)
     what, *numbers = sys.argv[1:]
@@ -140,5 +243,7 @@ if __name__ == "__main__":
         "atomics": atomics,
         "modified_across": modified_across,
         "shared_nothing": shared_nothing,
+        "dropped": dropped,
+        "blocked": blocked,
     }
     cases[what](*map(int, numbers))

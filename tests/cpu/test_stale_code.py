@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-import subprocess
-import sys
 
 import pytest
 
 from guestmem.cpu.engine import Halt, PortOut
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, PAGE, TABLES, Memory, assemble, run, start_long
+from tests.cpu.test_parallel import check
 
 TARGET = 0x20000
 LINEAR = (0x20000, 0x80000, 0x91000)
@@ -106,8 +105,5 @@ def test_the_host_writes_between_runs(engine: UnicornEngine, memory: Memory) -> 
         assert run(engine) == PortOut(0x80, 1, n)
 
 
-@pytest.mark.parametrize("arguments", [("modified_across", "3000")], ids=" ".join)
-def test_another_cpu_writes(arguments: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "tests.cpu.parallel_cpus", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
+def test_another_cpu_writes() -> None:
+    check("modified_across", "3000")
