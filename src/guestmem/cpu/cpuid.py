@@ -29,8 +29,8 @@ _EXTENDED_EDX = (_FEATURES_EDX & 0x0183_F3FF) | _bits(11, 20, 26, 27, 29)
 
 DEFAULT_CPUID: CpuidTable = {
     (0, 0): (7, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
-    # SSE3 PCLMUL SSSE3 CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES, and the bit of a hypervisor
-    (1, 0): (0x0080_0F12, 0x0800, _bits(0, 1, 9, 13, 19, 20, 22, 23, 25, 31), _FEATURES_EDX),
+    # SSE3 PCLMUL SSSE3 CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES RDRAND, and the bit of a hypervisor
+    (1, 0): (0x0080_0F12, 0x0800, _bits(0, 1, 9, 13, 19, 20, 22, 23, 25, 30, 31), _FEATURES_EDX),
     # FSGSBASE BMI1 SMEP BMI2 ADX SMAP; LA57
     (7, 0): (0, _bits(0, 3, 7, 8, 19, 20), _bits(16), 0),
     (0x4000_0000, 0): (0x4000_0001, *_KVM),
