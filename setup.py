@@ -9,7 +9,11 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = "src/guestmem/native"
 CPU = "src/guestmem/cpu/native"
-WRAPPED = ("gen_intermediate_code", "translator_loop", "cpu_loop_exit_atomic")  # see native/translate.c, native/fault.c
+WRAPPED = (
+    *("gen_intermediate_code", "translator_loop"),  # native/translate.c
+    "cpu_loop_exit_atomic",  # native/fault.c
+    *("cpu_watchpoint_address_matches", "cpu_check_watchpoint"),  # native/watch.c
+)
 
 
 class build_plain_library(build_ext):  # noqa: N801 - what setuptools calls its commands

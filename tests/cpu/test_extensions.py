@@ -45,7 +45,9 @@ def test_instructions_of_general_registers(engine: UnicornEngine, memory: Memory
     assert engine.get_regs().rax == GENERAL[source]
 
 
-@pytest.mark.parametrize("source", ["movups xmm0, [rsp - 64]", "pshufb xmm0, xmm1", "paddd xmm0, xmm1", "ldmxcsr [rsp]"])
+@pytest.mark.parametrize(
+    "source", ["movups xmm0, [rsp - 64]", "pshufb xmm0, xmm1", "paddd xmm0, xmm1", "ldmxcsr [rsp]"]
+)
 def test_sse_needs_osfxsr(engine: UnicornEngine, memory: Memory, source: str) -> None:
     """Without, #UD, which without an IDT is the end."""
     memory.set_word(0x8000, 0x1F80)

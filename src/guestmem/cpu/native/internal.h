@@ -219,7 +219,10 @@ struct cpu {
     int interrupt; /* the vector that waits, or -1 */
     bool nmi;
     struct question asked;
-    bool step_done; /* guest_debug: the next round stops */
+    bool step_done;        /* guest_debug: the next round stops */
+    bool watch_step;       /* a breakpoint on data was hit, and is not to end this step */
+    unsigned watch_hits;   /* bits of DR6 */
+    bool host_breakpoints; /* guest_debug: DR0 to DR3 and DR7 are the host's */
     int next; /* a stop that was met while an answer was completed, and lies in block->stop */
     uint64_t physical_mask;
     struct mmio mmio;
@@ -367,8 +370,11 @@ int poll_interrupts(struct cpu *cpu, bool *taken);
 bool interrupts_open(const struct cpu *cpu);
 bool must_step(const struct cpu *cpu);
 
+/* watch.c */
+int step_watched(struct cpu *cpu);
+
 /* fault.c */
-enum { EXIT_ATOMIC = 0x1fd, EXIT_FAULT = 0x1fe }; /* numbers of exceptions that no CPU has */
+enum { EXIT_WATCH = 0x1fc, EXIT_ATOMIC = 0x1fd, EXIT_FAULT = 0x1fe }; /* numbers of exceptions that no CPU has */
 int after_fault(struct cpu *cpu);
 
 /* exclusive.c, slices.c */

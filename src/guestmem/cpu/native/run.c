@@ -57,6 +57,7 @@ static int debug_stop(struct cpu *cpu, int vector, uint64_t dr6)
     stop->value[0] = linear_rip(cpu);
     stop->value[1] = dr6;
     stop->value[2] = cpu->tail->dr[7];
+    cpu->tail->dr[6] &= ~15ull; /* the guest's, which did not hit */
     return CPU_STOP_DEBUG;
 }
 
@@ -151,6 +152,7 @@ static int write_dr7(struct cpu *cpu)
     int code = single_step(cpu);
     cpu->tail->intercept_dr_write = DR_WRITES;
     cpu->env->hflags |= HF_IOBPT;
+    uc_ctl_flush_tlb(cpu->uc); /* pages with breakpoints on data become slow, others fast */
     return judge(cpu, code, true);
 }
 
@@ -173,11 +175,28 @@ static int exception_raised(struct cpu *cpu, int vector)
     return CPU_STOP_NONE;
 }
 
+/* A breakpoint on data traps after its instruction. */
+static int after_watch(struct cpu *cpu)
+{
+    int stop = judge(cpu, step_watched(cpu), true);
+    if (stop || !cpu->watch_hits)
+        return stop;
+    uint64_t dr6 = cpu->tail->dr[6] | cpu->watch_hits;
+    if (cpu->host_breakpoints)
+        return debug_stop(cpu, DB, dr6);
+    cpu->tail->dr[6] = dr6;
+    if (cpu->pending.vector < 0)
+        raise_event(cpu, DB, 0, 0, 0, false);
+    return CPU_STOP_NONE;
+}
+
 /* An exception of the guest, or VMEXIT and the number of an exit, with RIP on the instruction. */
 static int after_exception(struct cpu *cpu, int vector, bool stepped)
 {
     if (vector == EXIT_FAULT)
         return after_fault(cpu);
+    if (vector == EXIT_WATCH)
+        return after_watch(cpu);
     if (vector == EXIT_ATOMIC)
         return step_alone(cpu);
     if (stepped && vector == DB) {

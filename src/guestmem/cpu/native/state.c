@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+extern void cpu_x86_update_dr7_x86_64(void *env, uint32_t dr7);
+
 enum { KVM_SHADOW_STI = KVM_X86_SHADOW_INT_STI };
 
 /* The order of struct kvm_regs as indices of CPUX86State.regs. */
@@ -130,8 +132,26 @@ void update_hflags(struct cpu *cpu)
     env->hflags = hflags;
 }
 
+/* The breakpoints of KVM_SET_GUEST_DEBUG stand in the CPU in place of the guest's, which the block keeps. A guest that loads
+ * DR7 meanwhile takes them out. Source: arch/x86/kvm/x86.c kvm_update_dr7. */
+static void load_guest_debug(struct cpu *cpu)
+{
+    const struct kvm_guest_debug *asked = &cpu->block->guest_debug;
+    const uint32_t both = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+    bool host = (asked->control & both) == both;
+    if (!host && !cpu->host_breakpoints)
+        return;
+    cpu->host_breakpoints = host;
+    for (int i = 0; i < 4; i++)
+        cpu->tail->dr[i] = host ? asked->arch.debugreg[i] : cpu->block->debug.db[i];
+    cpu_x86_update_dr7_x86_64(cpu->env, (uint32_t)(host ? asked->arch.debugreg[7] : cpu->block->debug.dr7));
+    cpu->env->hflags |= HF_IOBPT;
+}
+
 static void load_debug(struct cpu *cpu)
 {
+    if (cpu->host_breakpoints)
+        return;
     memcpy(cpu->tail->dr, cpu->block->debug.db, sizeof cpu->block->debug.db);
     cpu->tail->dr[6] = cpu->block->debug.dr6;
     cpu->tail->dr[7] = cpu->block->debug.dr7;
@@ -139,6 +159,8 @@ static void load_debug(struct cpu *cpu)
 
 static void store_debug(struct cpu *cpu)
 {
+    if (cpu->host_breakpoints)
+        return;
     memcpy(cpu->block->debug.db, cpu->tail->dr, sizeof cpu->block->debug.db);
     cpu->block->debug.dr6 = cpu->tail->dr[6];
     cpu->block->debug.dr7 = cpu->tail->dr[7];
@@ -268,6 +290,8 @@ void load_state(struct cpu *cpu)
         load_debug(cpu);
     if (dirty & CPU_EVENTS)
         load_events(cpu);
+    if (dirty & CPU_CONTROL)
+        load_guest_debug(cpu);
     if (dirty & (CPU_CPUID | CPU_CONTROL)) {
         uint64_t mask = (1ull << physical_bits(block)) - 1;
         if (mask != cpu->physical_mask || dirty & CPU_CONTROL)
