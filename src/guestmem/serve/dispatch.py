@@ -16,9 +16,9 @@ from typing import TypeAlias
 from guestmem.iommu import ioctl as iommu_ioctl
 from guestmem.kvm.ioctl import gmem_ioctl
 from guestmem.kvm.vm import Kvm
-from guestmem.serve import system_ioctls, vcpu_ioctls, vm_ioctls
+from guestmem.serve import kvm_devices, system_ioctls, vcpu_ioctls, vm_ioctls
 from guestmem.serve.call import Call
-from guestmem.serve.files import GmemFile, IommuFile, KvmDevice, VcpuFile, VfioFile, VmFile
+from guestmem.serve.files import GmemFile, IommuFile, KvmDevice, KvmVfioFile, VcpuFile, VfioFile, VmFile
 from guestmem.serve.gup_test import GupTest
 from guestmem.serve.iommu_caller import IommuCaller
 from guestmem.serve.liveupdate import LiveUpdateFile, SessionFile
@@ -45,6 +45,8 @@ async def ioctl(call: Call) -> int:
         case VcpuFile():
             _check_owner(call, file.vcpu.kvm)
             return await _look_up(vcpu_ioctls.TABLE, request, "vCPU")(call, argument)
+        case KvmVfioFile():
+            return await kvm_devices.ioctl(call, file, request, argument)
         case GmemFile():
             return await gmem_ioctl(call.client.memory, file.file, request, argument)
         case IommuFile():

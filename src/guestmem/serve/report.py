@@ -35,6 +35,7 @@ _KINDS = {
     FileKind.VFIO: "VFIO device",
     FileKind.LIVE_UPDATE: "/dev/liveupdate",
     FileKind.SESSION: "live update session",
+    FileKind.KVM_DEVICE: "VFIO device of KVM",
 }
 
 
