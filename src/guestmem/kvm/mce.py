@@ -3,8 +3,8 @@
 They are KVM's own: no engine knows them. A fresh vCPU has 32 banks and no MCG_CTL; KVM_X86_SETUP_MCE says what the
 guest is to see.
 
-Source: arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_setup_mce, kvm_vcpu_ioctl_x86_set_mce, set_msr_mce, get_msr_mce; Intel SDM
-vol. 3, chapter 17.3.
+Source: arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_setup_mce, kvm_vcpu_ioctl_x86_set_mce, is_ucna, set_msr_mce, get_msr_mce;
+Intel SDM vol. 3, chapter 17.3.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _P5_ADDRESS, _P5_TYPE = 0, 1
 _CTL2, _BANKS = 0x280, 0x400
 _CTL, _STATUS, _ADDRESS, _MISC = range(4)
 _VALID, _OVERFLOW, _UNCORRECTED = 1 << 63, 1 << 62, 1 << 61
+_ACTION_NEEDED = 1 << 57 | 1 << 56 | 1 << 55  # PCC, S, AR
 _IN_PROGRESS = 1 << 2  # of MCG_STATUS
 _COUNT, _SETTABLE = 0xFF, 0xFF | 0xFF_0000
 _CTL2_BITS = 1 << 30 | 0x7FFF  # CMCI_EN, the threshold
@@ -88,6 +89,10 @@ class MachineCheck:
         bank = self._banks[error.bank]
         if not error.status & _UNCORRECTED:
             self._log(bank, error)
+            return False
+        if not error.mcg_status and not error.status & _ACTION_NEEDED:
+            bank[_STATUS:] = [error.status, error.address, error.misc]  # UCNA: not for the CPU to act on
+            self.status = error.mcg_status
             return False
         if (self.capability & CTL_P and self.control != _ALL) or bank[_CTL] != _ALL:
             return False  # reporting is off

@@ -1,6 +1,7 @@
 """KVM_TRANSLATE: a linear address of the guest to its guest-physical address, as the VMM's debugger wants it.
 
-Access rights are not looked at, accessed bits not set, and tables that are no memory end it. Source: arch/x86/kvm/x86.c
+Access rights are not looked at, nor whether the address is canonical; accessed bits are not set, and a table that is no
+memory ends it. Source: arch/x86/kvm/x86.c
 kvm_arch_vcpu_ioctl_translate, kvm_mmu_gva_to_gpa_system.
 """
 
@@ -27,8 +28,6 @@ async def translate(vcpu: Vcpu, linear: int) -> int | None:
         return linear
     if sregs.efer & _LMA:
         bits = 57 if sregs.cr4 & _LA57 else 48
-        if linear >> bits - 1 not in (0, (1 << 65 - bits) - 1):
-            return None
         return await _walk(vcpu, linear, sregs.cr3 & _ADDRESS, tuple(range(bits - 9, 11, -9)))
     linear &= 0xFFFF_FFFF
     if sregs.cr4 & _PAE:

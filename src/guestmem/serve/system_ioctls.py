@@ -44,7 +44,9 @@ async def _create_vm(call: Call, vm_type: int) -> int:
 
 
 async def _check_extension(call: Call, number: int) -> int:
-    return capabilities.check_extension(call.server.host.level, None, number)
+    answer = capabilities.check_extension(call.server.host.level, None, number)
+    call.server.report.capability(number, answer)
+    return answer
 
 
 async def _get_vcpu_mmap_size(call: Call, argument: int) -> int:

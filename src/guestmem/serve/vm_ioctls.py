@@ -34,7 +34,9 @@ def _kvm(call: Call) -> Kvm:
 
 async def _check_extension(call: Call, number: int) -> int:
     kvm = _kvm(call)
-    return capabilities.check_extension(kvm.level, kvm, number)
+    answer = capabilities.check_extension(kvm.level, kvm, number)
+    call.server.report.capability(number, answer)
+    return answer
 
 
 async def _create_vcpu(call: Call, number: int) -> int:

@@ -55,6 +55,8 @@ _TABLE = (
     Rule("fd.not_open", ("EBADF",), "any", 1, "the descriptor is not open", "fdget() [O R51 R52]"),
     Rule("ioctl.other_mm", ("EIO",), "any", 2, "the VM was made in another address space", "kvm_vm_ioctl [O S4]"),
     Rule("ioctl.unknown", ("ENOTTY", "EINVAL"), "any", 3, "this file has no such ioctl", "uapi.md 2 [O K1 G44]"),
+    Rule("ioctl.wrong_file", ("ENOTTY", "EINVAL"), "any", 3, "another kind of file has this ioctl", "kvm_main.c [M]"),
+    Rule("ioctl.vm_type", ("ENOTTY",), "any", 3, "a VM of this type has no such ioctl", "x86.c mem_enc_ioctl [M]"),
     Rule("ioctl.argument", ("EINVAL",), "any", 5, "the argument is not one that this call takes", "kvm_main.c [M]"),
     Rule(
         "list.too_small", ("E2BIG",), "any", 6, "the caller's list has no room for what there is", "cpuid.c, x86.c [M]"
@@ -313,9 +315,9 @@ _TABLE = (
     Rule("device.exists", ("EBUSY",), "KVM_CREATE_DEVICE", 2, "the VM has its one", "kvm_vfio_create [M]"),
     Rule("device.no_vfio", ("EINVAL",), "KVM_SET_DEVICE_ATTR", 3, "no file of VFIO", "kvm_vfio_file_add [M]"),
     Rule("device.file_exists", ("EEXIST",), "KVM_SET_DEVICE_ATTR", 4, "added already", "kvm_vfio_file_add [M]"),
-    Rule("device.no_file", ("ENOENT",), "KVM_SET_DEVICE_ATTR", 4, "it was not added", "kvm_vfio_file_del [M]"),
-    Rule("run.sync_regs", ("EINVAL",), "KVM_RUN", 1, "a set of registers that there is not", "x86.c [M] [O]"),
-    Rule("vcpu.too_many", ("EINVAL",), "KVM_CREATE_VCPU", 1, "1024 are there", "kvm_vm_ioctl_create_vcpu [M]"),
+    Rule("device.no_file", ("ENOENT",), "KVM_SET_DEVICE_ATTR", 5, "it was not added", "kvm_vfio_file_del [M]"),
+    Rule("run.sync_regs", ("EINVAL",), "KVM_RUN", 12, "a set of registers that there is not", "x86.c [M] [O]"),
+    Rule("vcpu.too_many", ("EINVAL",), "KVM_CREATE_VCPU", 4, "1024 are there", "kvm_vm_ioctl_create_vcpu [M]"),
     Rule("irqchip.pins", ("EINVAL",), "KVM_CAP_SPLIT_IRQCHIP", 1, "more pins than there can be routes", "x86.c [M]"),
     Rule("boot_cpu.late", ("EBUSY",), "KVM_SET_BOOT_CPU_ID", 1, "there are vCPUs already", "x86.c [M]"),
     Rule("pit.no_pic", ("ENOENT",), "KVM_CREATE_PIT2", 2, "there is no 8259A for it to tick at", "x86.c [M]"),
