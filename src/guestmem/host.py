@@ -209,8 +209,8 @@ class Host:
                 if not isinstance(exit_, (HltExit, ShutdownExit)):
                     running[self._enter(vcpu)] = vcpu
         finally:
-            for vcpu in running.values():
-                vcpu.vcpu.immediate_exit = True
+            for task, vcpu in running.items():
+                vcpu.vcpu.immediate_exit = task.signal_pending = True  # the latter wakes those that sleep in HLT
             while not all(task.done for task in running):
                 self.scheduler.step()
             for vcpu in running.values():

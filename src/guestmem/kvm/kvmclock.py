@@ -52,8 +52,8 @@ class KvmClock:
 
 
 class VcpuClock:
-    """The two MSRs of one vCPU, each of which has two numbers. `is_stale`: the pages are to be written before the guest
-    goes on (KVM_REQ_CLOCK_UPDATE)."""
+    """The two MSRs of one vCPU, each of which has two numbers. `is_stale`: the page with the time is to be written
+    before the guest goes on (KVM_REQ_CLOCK_UPDATE)."""
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
@@ -70,8 +70,11 @@ class VcpuClock:
         if index in (WALL_CLOCK, WALL_CLOCK_NEW):
             self.wall_clock, self._wall_is_stale = value, True
         else:
-            self.system_time = value
-        self.is_stale = True
+            self.system_time, self.is_stale = value, True
+
+    @property
+    def needs_update(self) -> bool:
+        return self.is_stale or self._wall_is_stale
 
     def pause(self) -> bool:
         """KVM_KVMCLOCK_CTRL: tell the guest that it was stopped, for its watchdogs. False if it has no clock."""
@@ -82,11 +85,11 @@ class VcpuClock:
 
     async def update(self) -> None:
         """Write what is stale. Where there is no memory, nothing is written, as in KVM."""
-        self.is_stale = False
-        if self._wall_is_stale:
-            self._wall_is_stale = False
+        is_stale, wall_is_stale = self.is_stale, self._wall_is_stale
+        self.is_stale = self._wall_is_stale = False
+        if wall_is_stale:
             await self._write_wall_clock()
-        if self.system_time & _ENABLED:
+        if is_stale and self.system_time & _ENABLED:
             await self._write_time_info()
 
     async def _write_time_info(self) -> None:

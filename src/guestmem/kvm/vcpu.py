@@ -164,7 +164,7 @@ class Vcpu:
             return None
         self.kvm.scheduler.timers.fire_due()
         interrupts = self.interrupts
-        if interrupts.has_start_event() or interrupts.eoi_exit is not None or self.clock.is_stale:
+        if interrupts.has_start_event() or interrupts.eoi_exit is not None or self.clock.needs_update:
             return None
         self.kvm.entered = True
         self._answer()
@@ -230,7 +230,7 @@ class Vcpu:
             exit_ = await self._wait_until_runnable()
             if exit_ is not None:
                 return exit_
-        if self.clock.is_stale:
+        if self.clock.needs_update:
             await self.clock.update()
         interrupts.inject()
         return None
