@@ -23,7 +23,8 @@ VECTOR = 18
 _MCG_CAP, _MCG_STATUS, _MCG_CTL = 0x179, 0x17A, 0x17B
 _P5_ADDRESS, _P5_TYPE = 0, 1
 _CTL2, _BANKS = 0x280, 0x400
-_CTL, _STATUS, _ADDRESS, _MISC = range(4)
+_EACH = 4
+_CTL, _STATUS, _ADDRESS, _MISC = range(_EACH)
 _VALID, _OVERFLOW, _UNCORRECTED = 1 << 63, 1 << 62, 1 << 61
 _ACTION_NEEDED = 1 << 57 | 1 << 56 | 1 << 55  # PCC, S, AR
 _IN_PROGRESS = 1 << 2  # of MCG_STATUS
@@ -37,7 +38,7 @@ STOPS = (
     range(2),
     range(_MCG_CAP, _MCG_CTL + 1),
     range(_CTL2, _CTL2 + MAX_BANKS),
-    range(_BANKS, _BANKS + 4 * MAX_BANKS),
+    range(_BANKS, _BANKS + _EACH * MAX_BANKS),
 )
 """What the engine has to leave to us."""
 
@@ -58,8 +59,7 @@ class MachineCheck:
     def __init__(self) -> None:
         self.capability = MAX_BANKS
         self.status = self.control = 0
-        self._banks = [[0, 0, 0, 0] for _ in range(MAX_BANKS)]
-        self._control2 = [0] * MAX_BANKS
+        self._registers: dict[int, int] = {}  # of banks, by MSR; those that are not 0
 
     @property
     def banks(self) -> int:
@@ -74,11 +74,11 @@ class MachineCheck:
         if capability & CTL_P:
             self.control = _ALL
         for bank in range(banks):
-            self._banks[bank][_CTL] = _ALL
-            self._control2[bank] = 0
+            self._registers[_msr(bank, _CTL)] = _ALL
+            self._registers.pop(_CTL2 + bank, None)
 
     def report(self, error: Report, cr4_mce: bool) -> bool | None:
-        """KVM_X86_SET_MCE. Whether the guest is to get #MC; None if it is lost, as it cannot take one now.
+        """KVM_X86_SET_MCE. Whether the guest is to get #MC; None if it cannot take one now, which is a triple fault.
 
         Raises: Refusal EINVAL `mce.bank`, `mce.status`.
         """
@@ -86,36 +86,39 @@ class MachineCheck:
             raise Refusal(errno.EINVAL, "mce.bank", bank=error.bank, banks=self.banks)
         if not error.status & _VALID:
             raise Refusal(errno.EINVAL, "mce.status", status=error.status)
-        bank = self._banks[error.bank]
+        former = self._registers.get(_msr(error.bank, _STATUS), 0)
         if not error.status & _UNCORRECTED:
-            self._log(bank, error)
+            self._log_corrected(error, former)
             return False
         if not error.mcg_status and not error.status & _ACTION_NEEDED:
-            bank[_STATUS:] = [error.status, error.address, error.misc]  # UCNA: not for the CPU to act on
+            self._log(error, error.status)  # UCNA: not for the CPU to act on
             self.status = error.mcg_status
             return False
-        if (self.capability & CTL_P and self.control != _ALL) or bank[_CTL] != _ALL:
+        if (self.capability & CTL_P and self.control != _ALL) or self._registers.get(_msr(error.bank, _CTL)) != _ALL:
             return False  # reporting is off
         if self.status & _IN_PROGRESS or not cr4_mce:
             return None
-        overflow = _OVERFLOW if bank[_STATUS] & _VALID else 0
-        bank[_STATUS:] = [error.status | overflow, error.address, error.misc]
+        self._log(error, error.status | (_OVERFLOW if former & _VALID else 0))
         self.status = error.mcg_status
         return True
 
-    @staticmethod
-    def _log(bank: list[int], error: Report) -> None:
-        """A corrected one: it never replaces an uncorrected."""
-        if bank[_STATUS] & _VALID and bank[_STATUS] & _UNCORRECTED:
-            bank[_STATUS] |= _OVERFLOW
-            return
-        overflow = _OVERFLOW if bank[_STATUS] & _VALID else 0
-        bank[_STATUS:] = [error.status | overflow, error.address, error.misc]
+    def _log_corrected(self, error: Report, former: int) -> None:
+        """It never replaces an uncorrected one."""
+        overflow = _OVERFLOW if former & _VALID else 0
+        if former & _VALID and former & _UNCORRECTED:
+            self._registers[_msr(error.bank, _STATUS)] = former | overflow
+        else:
+            self._log(error, error.status | overflow)
+
+    def _log(self, error: Report, status: int) -> None:
+        for register, value in ((_STATUS, status), (_ADDRESS, error.address), (_MISC, error.misc)):
+            self._registers[_msr(error.bank, register)] = value
 
     # The registers
 
-    def has(self, index: int) -> bool:
-        """Whether the MSR is one of these, if only one that this vCPU lacks."""
+    @staticmethod
+    def has(index: int) -> bool:
+        """Whether the MSR is one of these, if only one that a vCPU may lack."""
         return any(index in stops for stops in STOPS)
 
     def get(self, index: int, from_guest: bool) -> int | None:
@@ -128,10 +131,9 @@ class MachineCheck:
             return self.status
         if index == _MCG_CTL:
             return self.control if self.capability & CTL_P or not from_guest else None
-        if 0 <= index - _CTL2 < self.banks:
-            return self._control2[index - _CTL2] if self.capability & CMCI_P or not from_guest else None
-        bank, register = divmod(index - _BANKS, 4)
-        return self._banks[bank][register] if 0 <= bank < self.banks else None
+        if index - _CTL2 in range(self.banks) and from_guest and not self.capability & CMCI_P:
+            return None
+        return self._registers.get(index, 0) if self._has_bank_of(index) else None
 
     def set(self, index: int, value: int, from_guest: bool) -> bool:
         """Whether it took the value."""
@@ -140,17 +142,20 @@ class MachineCheck:
             return True
         if index == _MCG_CTL:
             return self._set_control(value, from_guest)
-        if 0 <= index - _CTL2 < self.banks:
-            return self._set_control2(index - _CTL2, value, from_guest)
-        bank, register = divmod(index - _BANKS, 4)
-        if not 0 <= bank < self.banks:
+        if not self._has_bank_of(index):
             return False
-        if register == _CTL and value and value | _CTL_IGNORED != _ALL:
-            return False
-        if register == _STATUS and value and from_guest:
-            return False
-        self._banks[bank][register] = value
-        return True
+        if index < _BANKS:
+            takes = not value & ~_CTL2_BITS and (bool(self.capability & CMCI_P) or not (value or from_guest))
+        elif (index - _BANKS) % _EACH == _CTL:
+            takes = not value or value | _CTL_IGNORED == _ALL
+        else:
+            takes = not (value and from_guest and (index - _BANKS) % _EACH == _STATUS)
+        if takes:
+            self._registers[index] = value
+        return takes
+
+    def _has_bank_of(self, index: int) -> bool:
+        return index - _CTL2 in range(self.banks) or index - _BANKS in range(_EACH * self.banks)
 
     def _set_control(self, value: int, from_guest: bool) -> bool:
         if not self.capability & CTL_P and (value or from_guest):
@@ -160,8 +165,6 @@ class MachineCheck:
         self.control = value
         return True
 
-    def _set_control2(self, bank: int, value: int, from_guest: bool) -> bool:
-        if (not self.capability & CMCI_P and (value or from_guest)) or value & ~_CTL2_BITS:
-            return False
-        self._control2[bank] = value
-        return True
+
+def _msr(bank: int, register: int) -> int:
+    return _BANKS + _EACH * bank + register
