@@ -14,6 +14,7 @@ from typing import TypeVar
 from tests.vmms import guest
 from tests.vmms.cache import CannotHaveError, quiet
 from tests.vmms.debian import Suite
+from tests.vmms.kvm_ioctls import build_tests
 from tests.vmms.wheels import unpack_wheels
 
 QEMU_SUITES = {"7.2": "bookworm", "10.0": "trixie", "11.1": "forky"}
@@ -150,6 +151,15 @@ class Parts:
         folder = self.cache / "wheels" / "hyperlight"
         self.versions |= unpack_wheels(_HYPERLIGHT, folder)
         return folder
+
+    @_once
+    def kvm_ioctls(self) -> Path:
+        """The test program of the crate kvm-ioctls, built with the crates that Debian 13 has."""
+        if not shutil.which("cargo"):
+            raise CannotHaveError("no cargo")
+        root = self.cache / "roots" / "kvm-ioctls"
+        self.versions |= self._suite("trixie").unpack(["librust-kvm-ioctls-dev"], root, dependencies=True)
+        return build_tests(root / "usr/share/cargo/registry", self.cache / "kvm-ioctls")
 
     @_once
     def kvmtool(self) -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import product
 from typing import TypeAlias
 
-from tests.vmms.others import Firecracker, Hyperlight, Kvmtool, Libkrun
+from tests.vmms.others import Firecracker, Hyperlight, KvmIoctls, Kvmtool, Libkrun
 from tests.vmms.parts import QEMU_SUITES
 from tests.vmms.qemu import Qemu
 
-Row: TypeAlias = Qemu | Kvmtool | Firecracker | Libkrun | Hyperlight
+Row: TypeAlias = Qemu | Kvmtool | Firecracker | Libkrun | Hyperlight | KvmIoctls
 
 _IRQCHIPS, _CPUS = ("off", "split", "on"), (1, 4)
 
@@ -23,6 +23,7 @@ ROWS: tuple[Row, ...] = (
     *(Libkrun(cpus) for cpus in _CPUS),
     Hyperlight("js"),
     Hyperlight("wasm"),
+    KvmIoctls(),
 )
 
 QUICK: tuple[Row, ...] = (
@@ -34,5 +35,6 @@ QUICK: tuple[Row, ...] = (
     Firecracker(1),
     Libkrun(1),
     Hyperlight("js"),
+    KvmIoctls(),
 )
 """Each VMM, machine, kind of interrupt controller and firmware at least once: what CI has the time for."""

@@ -29,7 +29,8 @@ async def translate(call: Call, argument: int) -> int:
     linear, *_ = _TRANSLATION.unpack(await memory.copy_from_user(argument, _TRANSLATION.size))
     async with vcpu.mutex:
         physical = await translate_linear(vcpu, linear)
-    answer = _TRANSLATION.pack(linear, _NOT_MAPPED if physical is None else physical, physical is not None, 1, 0)
+    physical = _NOT_MAPPED if physical is None else physical
+    answer = _TRANSLATION.pack(linear, physical, physical != _NOT_MAPPED, 1, 0)
     await memory.copy_to_user(argument, answer)
     return 0
 
