@@ -30,7 +30,7 @@ def build_tests(registry: Path, folder: Path) -> Path:
         return program
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(crate, work)
-    (work / ".cargo").mkdir()
+    (work / ".cargo").mkdir(exist_ok=True)
     sources = {"crates-io": {"replace-with": "debian"}, "debian": {"directory": str(registry)}}
     (work / ".cargo/config.toml").write_text(
         "".join(f'[source.{name}]\n{key} = "{value}"\n' for name, of in sources.items() for key, value in of.items())

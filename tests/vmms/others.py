@@ -33,11 +33,9 @@ class Kvmtool:
     def boot(self, parts: Parts, scratch: Path) -> Boot:
         program, image = parts.kvmtool(), parts.image()
         command = [
-            # The host that it asks by CPUID whether it can virtualise is not the one that does.
             *(
                 "env",
                 f"HOME={scratch}",
-                "LKVM_SKIP_CPUID_CHECK=1",
                 str(program),
                 "run",
                 "--no-dhcp",
