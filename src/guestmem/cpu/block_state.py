@@ -52,6 +52,38 @@ class BlockState:
         self.block.cpuid_count = len(table)
         self.block.dirty |= b.CPUID
 
+    def set_stop_msrs(self, ranges: tuple[range, ...], unknown: bool = False) -> None:
+        """MSRs whose RDMSR and WRMSR are stops, and whether those of which the CPU knows nothing are too.
+
+        Raises: ValueError, beyond 32 ranges.
+        """
+        self._check_open()
+        if len(ranges) > b.STOP_MSRS_MAX:
+            raise ValueError(f"{len(ranges)} ranges of MSRs: at most {b.STOP_MSRS_MAX}")
+        for place, wanted in zip(self.block.stop_msrs, ranges, strict=False):
+            place.first, place.count, place.reads, place.writes = wanted.start, len(wanted), 1, 1
+        self.block.stop_msrs_count = len(ranges)
+        self.block.msr_mode = unknown
+        self.block.dirty |= b.CONTROL
+
+    def set_guest_debug(self, control: int, registers: tuple[int, ...]) -> None:
+        """struct kvm_guest_debug: KVM_GUESTDBG_* bits, and DR0 to DR7."""
+        self._check_open()
+        self.block.guest_debug.control = control
+        self.block.guest_debug.debugreg[:] = registers
+        self.block.dirty |= b.CONTROL
+
+    @property
+    def cr8(self) -> int:
+        """0 to 15, as MOV to CR8 left it."""
+        return int(self.block.sregs.cr8) & 15
+
+    @cr8.setter
+    def cr8(self, value: int) -> None:
+        if self.cr8 != value & 15:  # what is dirty is loaded again
+            self.block.sregs.cr8 = value & 15
+            self.block.dirty |= b.SREGS
+
     def get_regs(self) -> Regs:
         """The general registers. At a stop that repeats its instruction, those before the instruction."""
         self._check_open()

@@ -124,6 +124,33 @@ class MmioRead:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ReadMsr:
+    """RDMSR of a register at which `set_stop_msrs` has it stop. At the instruction: `complete(value)` executes it,
+    `raise_exception` ends it, run without either repeats it."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WriteMsr:
+    """WRMSR of a register at which `set_stop_msrs` has it stop. As ReadMsr; what `complete` is given is ignored."""
+
+    index: int
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Debug:
+    """What `set_guest_debug` asked for. `vector` is 1 (#DB: a step, or a breakpoint of a debug register, which `dr6`
+    tells apart) or 3 (INT3, at the instruction). Run again to go on."""
+
+    vector: int
+    rip: int
+    dr6: int
+    dr7: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Halt:
     """HLT. Complete."""
 
@@ -211,31 +238,6 @@ class HostFault:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReadMsr:
-    """RDMSR of a register that the VMM asked to see. `complete(value)` finishes it, or `raise_exception`."""
-
-    index: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class WriteMsr:
-    """WRMSR of a register that the VMM asked to see. `complete(0)` finishes it, or `raise_exception`."""
-
-    index: int
-    value: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Debug:
-    """KVM_SET_GUEST_DEBUG asked to know: `vector` is 1 (#DB) or 3 (#BP), `rip` is linear."""
-
-    vector: int
-    rip: int
-    dr6: int
-    dr7: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Failed:
     """The engine cannot execute what stands at `rip`: KVM_EXIT_INTERNAL_ERROR. `why` is for the reader."""
 
@@ -249,6 +251,9 @@ Stop: TypeAlias = (
     | PortIn
     | MmioWrite
     | MmioRead
+    | ReadMsr
+    | WriteMsr
+    | Debug
     | Halt
     | Hypercall
     | Pvalidate
@@ -305,6 +310,11 @@ class Engine(Protocol):
 
     def set_cpuid(self, table: CpuidTable) -> None: ...
 
+    def set_stop_msrs(self, ranges: tuple[range, ...], unknown: bool = False) -> None:
+        """MSRs that are not the engine's: the guest's RDMSR and WRMSR are stops. None are at first. With `unknown` also
+        those of which the engine knows nothing, which are #GP else."""
+        ...
+
     def get_regs(self) -> Regs: ...
 
     def set_regs(self, regs: Regs) -> None: ...
@@ -352,6 +362,10 @@ class CpuState(Protocol):
         """State only: a breakpoint hits once the guest itself has loaded DR7. Raises: ValueError, as KVM has EINVAL."""
         ...
 
+    def set_guest_debug(self, control: int, registers: tuple[int, ...]) -> None:
+        """struct kvm_guest_debug: KVM_GUESTDBG_* bits, and DR0 to DR7 as the VMM has them instead of the guest."""
+        ...
+
     def get_msr(self, index: int) -> int | None:
         """None if there is no such register."""
         ...
@@ -359,6 +373,14 @@ class CpuState(Protocol):
     def set_msr(self, index: int, value: int) -> bool:
         """False if there is no such register or it does not take the value."""
         ...
+
+    @property
+    def cr8(self) -> int:
+        """0 to 15, as MOV to CR8 left it."""
+        ...
+
+    @cr8.setter
+    def cr8(self, value: int) -> None: ...
 
     def get_events(self) -> Events: ...
 

@@ -95,6 +95,42 @@ class InternalErrorExit:
 
 
 @dataclasses.dataclass(slots=True)
+class MsrExit:
+    """KVM_EXIT_X86_RDMSR or, if `is_write`, KVM_EXIT_X86_WRMSR. `data` is what was written, or is to be filled in.
+
+    `reason` is one of KVM_MSR_EXIT_REASON_*. With `error` filled in the guest gets #GP.
+    """
+
+    index: int
+    is_write: bool
+    reason: int
+    data: int = 0
+    error: bool = False
+
+
+@dataclasses.dataclass(slots=True)
+class DebugExit:
+    """KVM_EXIT_DEBUG: what KVM_SET_GUEST_DEBUG asked for has happened. `exception` is #DB (1) or #BP (3)."""
+
+    exception: int
+    pc: int
+    dr6: int
+    dr7: int
+
+
+@dataclasses.dataclass(slots=True)
+class IoapicEoiExit:
+    """KVM_EXIT_IOAPIC_EOI: the guest has ended the level-triggered interrupt `vector`, of the VMM's IOAPIC."""
+
+    vector: int
+
+
+@dataclasses.dataclass(slots=True)
+class UninitializedExit:
+    """KVM_RUN fails with EAGAIN: the vCPU had to wait for INIT, and has it. To be run again, for SIPI."""
+
+
+@dataclasses.dataclass(slots=True)
 class InterruptedExit:
     """KVM_RUN fails with EINTR: `immediate_exit` was set, or a signal is pending, which alone is an exit reason."""
 
@@ -112,5 +148,9 @@ Exit: TypeAlias = (
     | FailEntryExit
     | SystemEventExit
     | InternalErrorExit
+    | MsrExit
+    | DebugExit
+    | IoapicEoiExit
+    | UninitializedExit
     | InterruptedExit
 )

@@ -15,13 +15,16 @@ from guestmem.arch import Lifetime, Platform
 from guestmem.cpu.engine import Engine, GuestMemory
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.identity import IdentityPool, VirtualMachine
+from guestmem.kvm.irqchip import IrqChip
+from guestmem.kvm.kvmclock import KvmClock
 from guestmem.kvm.memslots import MemorySlot, SlotTable
+from guestmem.kvm.msr_filter import MsrFilter
 from guestmem.kvm.stage2 import Stage2
 from guestmem.memory import PAGE_SHIFT, Access, Inode, Pfn, Range
 from guestmem.memory.attributes import Attributes
 from guestmem.sched import Lock, LockClass, RefCount, Scheduler, Srcu, Task, WaitQueue
 from guestmem.trace import Refusal, Tracer
-from guestmem.uapi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE, MAX_PHYSICAL_ADDRESS_BITS, VmType
+from guestmem.uapi.kvm import KVM_MAX_VCPU_IDS, KVM_MEMORY_ATTRIBUTE_PRIVATE, MAX_PHYSICAL_ADDRESS_BITS, VmType
 from guestmem.uapi.levels import AbiLevel
 
 if TYPE_CHECKING:
@@ -149,9 +152,14 @@ class Kvm:
         self.helper_number = 0  # among the identity's struct kvm: 0 the owner's
         self.enabled_hypercalls = 0
         self.io_devices: list[IoDevice] = []
-        self.irqchip: dict[int, bytes] | None = None  # KVM_CREATE_IRQCHIP; saved state by chip
-        self.split_irqchip = False  # KVM_CAP_SPLIT_IRQCHIP
-        self.clock_offset_ns = 0
+        self.irqchip: IrqChip | None = None  # KVM_CREATE_IRQCHIP, KVM_CAP_SPLIT_IRQCHIP
+        self.msr_filter = MsrFilter()
+        self.user_space_msrs = 0  # KVM_CAP_X86_USER_SPACE_MSR: KVM_MSR_EXIT_REASON_* that are exits
+        self.exception_payload = self.triple_fault_event = False  # capabilities that KVM_SET_VCPU_EVENTS goes by
+        self.max_vcpu_ids = KVM_MAX_VCPU_IDS
+        self.default_tsc_khz = 0  # KVM_SET_TSC_KHZ of the VM; 0 is the host's
+        self.bsp_vcpu_id = 0  # KVM_SET_BOOT_CPU_ID
+        self.clock = KvmClock(scheduler.timers)
         self.references = RefCount(scheduler, f"kvm {number}")
         self.destroyed = False
         self.host_invalidations = 0
@@ -186,7 +194,7 @@ class Kvm:
     @property
     def apic_in_kernel(self) -> bool:
         """Source: lapic_in_kernel."""
-        return self.irqchip is not None or self.split_irqchip
+        return self.irqchip is not None
 
     @property
     def identity_in_use(self) -> bool:
@@ -282,6 +290,8 @@ class Kvm:
         self.vcpus.clear()
         for device in self.io_devices:
             device.close()
+        if self.irqchip is not None:
+            self.irqchip.close()
         for table in self.stage2.tables.values():
             table.zap(Range(Gfn(0), Gfn(self.attributes.count)))
         self.destroyed = True

@@ -21,6 +21,7 @@ from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SIZE, File, InodeStatistics, MemfdBacking
 from guestmem.serve.gmem_mappings import GmemMappings
+from guestmem.serve.irqfd import IrqFds
 from guestmem.serve.kvm_run import CoalescedRing, KvmRun
 from guestmem.serve.views import Views, file_id
 from guestmem.serve.wire import FileKind
@@ -59,9 +60,29 @@ class VmFile(ServedFile):
         super().__init__(owner)
         self.kvm = kvm
         self.ring = CoalescedRing()
+        self.has_vfio_device = False
+        self.irqfds = IrqFds()
 
     async def release(self) -> None:
+        assert self.owner is not None
+        self.irqfds.close(self.owner.server)
         await self.kvm.put()
+
+
+class KvmVfioFile(ServedFile):
+    """The VFIO device of a VM (KVM_CREATE_DEVICE). `vfio_files`: inode numbers of the device files it was told of."""
+
+    kind = FileKind.KVM_DEVICE
+
+    def __init__(self, owner: Client, vm: VmFile) -> None:
+        super().__init__(owner)
+        self._vm = vm
+        self.vfio_files: set[int] = set()
+
+    async def release(self) -> None:
+        """Like a vCPU it holds the VM."""
+        self._vm.has_vfio_device = False
+        await self._vm.kvm.put()
 
 
 class VcpuFile(ServedFile):

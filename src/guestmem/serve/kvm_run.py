@@ -12,18 +12,22 @@ import os
 import struct
 
 from guestmem.kvm.exits import (
+    DebugExit,
     Exit,
     FailEntryExit,
     HltExit,
     HypercallExit,
     InternalErrorExit,
     InterruptedExit,
+    IoapicEoiExit,
     IoExit,
     IrqWindowOpenExit,
     MemoryFaultExit,
     MmioExit,
+    MsrExit,
     ShutdownExit,
     SystemEventExit,
+    UninitializedExit,
 )
 from guestmem.uapi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 
@@ -32,8 +36,8 @@ SIZE = PAGES * mmap.PAGESIZE
 IO_DATA_OFFSET = mmap.PAGESIZE
 
 EXIT_IO, EXIT_HYPERCALL, EXIT_HLT, EXIT_MMIO, EXIT_IRQ_WINDOW_OPEN, EXIT_SHUTDOWN = 2, 3, 5, 6, 7, 8
-EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_SYSTEM_EVENT = 9, 10, 17, 24
-EXIT_MEMORY_FAULT = 39
+EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_SYSTEM_EVENT, EXIT_IOAPIC_EOI = 9, 10, 17, 24, 26
+EXIT_MEMORY_FAULT, EXIT_DEBUG, EXIT_RDMSR, EXIT_WRMSR = 39, 4, 29, 30
 INTERNAL_ERROR_EMULATION = 1
 _ENTRY_FAILED = (1 << 64) - 1  # SVM_EXIT_ERR
 _IO_OUT = 1
@@ -52,7 +56,9 @@ _MEMORY_FAULT = struct.Struct("<QQQ")  # flags, gpa, size
 _FAIL_ENTRY = struct.Struct("<QI")  # hardware_entry_failure_reason, cpu
 _SYSTEM_EVENT = struct.Struct("<II16Q")  # type, ndata, data
 _INTERNAL = struct.Struct("<II16Q")  # suberror, ndata, data
-_STATE = struct.Struct("<BB")  # ready_for_interrupt_injection, if_flag
+_MSR = struct.Struct("<B7xIIQ")  # error, reason, index, data
+_DEBUG = struct.Struct("<I4xQQQ")  # exception, pc, dr6, dr7
+_STATE = struct.Struct("<BBHQQ")  # ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
 _STATE_AT = 12
 
 
@@ -82,6 +88,9 @@ class KvmRun:
                 exit_.data = int.from_bytes(self.memory[_MMIO_DATA][: exit_.size], "little")
             case HypercallExit():
                 (exit_.ret,) = _HYPERCALL_RET.unpack_from(self.memory, _HYPERCALL_RET_AT)
+            case MsrExit():
+                error, _, _, exit_.data = _MSR.unpack_from(self.memory, _UNION_AT)
+                exit_.error = bool(error)
 
     def write(self, exit_: Exit) -> int:
         """Say why KVM_RUN came back; the errno that it fails with, 0 for success."""
@@ -121,6 +130,17 @@ class KvmRun:
             case InternalErrorExit():
                 reason, error = EXIT_INTERNAL_ERROR, 0
                 _INTERNAL.pack_into(memory, _UNION_AT, INTERNAL_ERROR_EMULATION, 0, *(0,) * 16)
+            case MsrExit():
+                reason, error = EXIT_WRMSR if exit_.is_write else EXIT_RDMSR, 0
+                _MSR.pack_into(memory, _UNION_AT, 0, exit_.reason, exit_.index, exit_.data)
+            case DebugExit():
+                reason, error = EXIT_DEBUG, 0
+                _DEBUG.pack_into(memory, _UNION_AT, exit_.exception, exit_.pc, exit_.dr6, exit_.dr7)
+            case IoapicEoiExit():
+                reason, error = EXIT_IOAPIC_EOI, 0
+                memory[_UNION_AT] = exit_.vector
+            case UninitializedExit():
+                return errno.EAGAIN
             case InterruptedExit(by_signal=False):
                 return errno.EINTR
             case InterruptedExit():
@@ -128,9 +148,9 @@ class KvmRun:
         _EXIT_REASON.pack_into(memory, _EXIT_REASON_AT, reason)
         return error
 
-    def write_state(self, ready_for_interrupt: bool, if_flag: bool) -> None:
-        """What every exit says besides: whether the guest takes interrupts."""
-        _STATE.pack_into(self.memory, _STATE_AT, ready_for_interrupt, if_flag)
+    def write_state(self, ready_for_interrupt: bool, if_flag: bool, cr8: int, apic_base: int) -> None:
+        """What every exit says besides: whether the guest takes interrupts, and from where."""
+        _STATE.pack_into(self.memory, _STATE_AT, ready_for_interrupt, if_flag, 0, cr8, apic_base)
 
     def close(self) -> None:
         self.memory.close()

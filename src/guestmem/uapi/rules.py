@@ -46,12 +46,17 @@ _IOMMU = "/dev/iommu"
 _IOMMU_MAP = "IOMMU_IOAS_MAP"
 _VFIO = "VFIO device"
 _DMA = "DMA"
+_ROUTING = "KVM_SET_GSI_ROUTING"
+_FILTER = "KVM_X86_SET_MSR_FILTER"
+_DEBUG = "KVM_SET_GUEST_DEBUG"
 
 _TABLE = (
     # Any ioctl
     Rule("fd.not_open", ("EBADF",), "any", 1, "the descriptor is not open", "fdget() [O R51 R52]"),
     Rule("ioctl.other_mm", ("EIO",), "any", 2, "the VM was made in another address space", "kvm_vm_ioctl [O S4]"),
     Rule("ioctl.unknown", ("ENOTTY", "EINVAL"), "any", 3, "this file has no such ioctl", "uapi.md 2 [O K1 G44]"),
+    Rule("ioctl.wrong_file", ("ENOTTY", "EINVAL"), "any", 3, "another kind of file has this ioctl", "kvm_main.c [M]"),
+    Rule("ioctl.vm_type", ("ENOTTY",), "any", 3, "a VM of this type has no such ioctl", "x86.c mem_enc_ioctl [M]"),
     Rule("ioctl.argument", ("EINVAL",), "any", 5, "the argument is not one that this call takes", "kvm_main.c [M]"),
     Rule(
         "list.too_small", ("E2BIG",), "any", 6, "the caller's list has no room for what there is", "cpuid.c, x86.c [M]"
@@ -296,6 +301,46 @@ _TABLE = (
     Rule("irqchip.protected", ("ENOTTY",), "KVM_CREATE_IRQCHIP", 3, "a TD hides its EOIs", "has_protected_eoi [M]"),
     Rule("irqchip.late", ("EINVAL",), "KVM_CREATE_IRQCHIP", 2, "there are vCPUs already", "kvm_arch_vm_ioctl [M]"),
     Rule("irqchip.none", ("ENXIO",), "KVM_GET_IRQCHIP", 1, "the VM has no interrupt controller", "[M]"),
+    Rule("vm.has_vcpus", ("EINVAL",), "KVM_SET_IDENTITY_MAP_ADDR", 2, "there are vCPUs already", "x86.c [M]"),
+    Rule("tsc.frequency", ("EINVAL",), "KVM_SET_TSC_KHZ", 1, "not the host's, and nothing scales it", "x86.c [M]"),
+    Rule("mce.capability", ("EINVAL",), "KVM_X86_SETUP_MCE", 1, "no banks, or more than there are", "x86.c [M]"),
+    Rule("mce.bank", ("EINVAL",), "KVM_X86_SET_MCE", 1, "the vCPU has no such bank", "x86.c [M]"),
+    Rule("mce.status", ("EINVAL",), "KVM_X86_SET_MCE", 2, "the status is not valid", "x86.c [M]"),
+    Rule("msr_filter.flags", ("EINVAL",), _FILTER, 1, "a flag besides DEFAULT_DENY", "x86.c [M] [O]"),
+    Rule("msr_filter.denies_all", ("EINVAL",), _FILTER, 2, "no MSR at all would be allowed", "x86.c [M] [O]"),
+    Rule("msr_filter.range", ("EINVAL",), _FILTER, 3, "it is for no access, or too long", "kvm_add_msr_filter [M]"),
+    Rule("guest_debug.protected", ("EINVAL",), _DEBUG, 1, "the registers are the guest's own", "x86.c [M]"),
+    Rule("guest_debug.pending", ("EBUSY",), _DEBUG, 2, "an exception waits already", "x86.c [M] [O]"),
+    Rule("device.type", ("ENODEV",), "KVM_CREATE_DEVICE", 1, "x86 has VFIO only", "kvm_ioctl_create_device [M]"),
+    Rule("device.exists", ("EBUSY",), "KVM_CREATE_DEVICE", 2, "the VM has its one", "kvm_vfio_create [M]"),
+    Rule("device.no_vfio", ("EINVAL",), "KVM_SET_DEVICE_ATTR", 3, "no file of VFIO", "kvm_vfio_file_add [M]"),
+    Rule("device.file_exists", ("EEXIST",), "KVM_SET_DEVICE_ATTR", 4, "added already", "kvm_vfio_file_add [M]"),
+    Rule("device.no_file", ("ENOENT",), "KVM_SET_DEVICE_ATTR", 5, "it was not added", "kvm_vfio_file_del [M]"),
+    Rule("run.sync_regs", ("EINVAL",), "KVM_RUN", 12, "a set of registers that there is not", "x86.c [M] [O]"),
+    Rule("vcpu.too_many", ("EINVAL",), "KVM_CREATE_VCPU", 4, "1024 are there", "kvm_vm_ioctl_create_vcpu [M]"),
+    Rule("irqchip.pins", ("EINVAL",), "KVM_CAP_SPLIT_IRQCHIP", 1, "more pins than there can be routes", "x86.c [M]"),
+    Rule("boot_cpu.late", ("EBUSY",), "KVM_SET_BOOT_CPU_ID", 1, "there are vCPUs already", "x86.c [M]"),
+    Rule("pit.no_pic", ("ENOENT",), "KVM_CREATE_PIT2", 2, "there is no 8259A for it to tick at", "x86.c [M]"),
+    Rule("pit.none", ("ENXIO",), "KVM_GET_PIT2", 1, "the VM has no PIT", "kvm_arch_vm_ioctl [M]"),
+    Rule("routing.no_irqchip", ("EINVAL",), _ROUTING, 1, "there is no controller to route to", "kvm_main.c [M]"),
+    Rule("routing.table", ("EINVAL",), _ROUTING, 2, "flags, or more entries than 4096", "kvm_main.c [M]"),
+    Rule("routing.gsi", ("EINVAL",), _ROUTING, 3, "GSIs end at 4095", "kvm_set_irq_routing [M]"),
+    Rule("routing.flags", ("EINVAL",), _ROUTING, 4, "a flag that such a route has not", "kvm_set_irq_routing [M]"),
+    Rule("routing.type", ("EINVAL",), _ROUTING, 5, "no such kind of route here", "kvm_set_routing_entry [M]"),
+    Rule("routing.pin", ("EINVAL",), _ROUTING, 6, "the controller has no such pin", "kvm_set_routing_entry [M]"),
+    Rule("routing.duplicate", ("EINVAL",), _ROUTING, 8, "a GSI twice to one controller", "setup_routing_entry [M]"),
+    Rule("msi.no_irqchip", ("EINVAL",), "KVM_SIGNAL_MSI", 1, "no APIC to take it", "kvm_send_userspace_msi [M]"),
+    Rule("msi.flags", ("EINVAL",), "KVM_SIGNAL_MSI", 2, "flags but VALID_DEVID", "kvm_send_userspace_msi [M]"),
+    Rule("msi.address", ("EINVAL",), "KVM_SIGNAL_MSI", 3, "reserved bits of a 32-bit ID", "kvm_msi_route_invalid [M]"),
+    Rule("msi.nobody", ("EPERM",), "KVM_SIGNAL_MSI", 4, "it names no APIC", "kvm_set_msi's -1 [M]"),
+    Rule("irqfd.flags", ("EINVAL",), "KVM_IRQFD", 1, "unknown flags", "kvm_irqfd [M]"),
+    Rule("irqfd.no_irqchip", ("EINVAL",), "KVM_IRQFD", 2, "no controller that can do it", "kvm_arch_irqfd_allowed [M]"),
+    Rule("irqfd.no_eventfd", ("EINVAL",), "KVM_IRQFD", 4, "the descriptor is no eventfd", "eventfd_ctx_fileget [M]"),
+    Rule("irqfd.exists", ("EBUSY",), "KVM_IRQFD", 5, "the eventfd raises a GSI already", "kvm_irqfd_assign [M]"),
+    Rule("interrupt.pending", ("EEXIST",), "KVM_INTERRUPT", 3, "the last one has not been taken", "x86.c [M]"),
+    Rule("kvmclock.off", ("EINVAL",), "KVM_KVMCLOCK_CTRL", 1, "the guest has no kvmclock", "kvm_set_guest_paused [M]"),
+    Rule("sregs.apic_base", ("EINVAL",), "KVM_SET_SREGS", 2, "an APIC base that cannot be", "kvm_apic_set_base [M]"),
+    Rule("lapic.id", ("EINVAL",), "KVM_SET_LAPIC", 2, "an x2APIC's ID is fixed", "kvm_apic_state_fixup [M]"),
     Rule("lapic.none", ("EINVAL",), "KVM_GET_LAPIC", 1, "the VM has no interrupt controller", "[M]"),
     Rule("ioeventfd.argument", ("EINVAL",), "KVM_IOEVENTFD", 1, "length, flags or range are wrong", "eventfd.c [M]"),
     Rule("ioeventfd.exists", ("EEXIST",), "KVM_IOEVENTFD", 3, "the same is assigned already", "eventfd.c [M]"),
@@ -402,6 +447,7 @@ _TABLE = (
     Rule("populate.not_gmem", ("EINVAL",), "populate", 2, "the frame is in no guest_memfd slot", "[M]"),
     Rule("populate.interrupted", ("EINTR",), "populate", 3, "a signal came before the first page", "[M]"),
     Rule("populate.shared", ("EINVAL",), "populate", 4, "only private pages are populated", "e4ee54479273 [M]"),
+    Rule("run.uninitialized", ("EAGAIN",), "KVM_RUN", 11, "INIT came: run again, for SIPI", "x86.c [M]"),
     Rule("run.interrupted", ("EINTR",), "KVM_RUN", 0, "immediate_exit is set, or a signal is pending", "[M]"),
     Rule("vcpu.number", ("EINVAL",), "KVM_CREATE_VCPU", 0, "the number is too large", "kvm_vm_ioctl_create_vcpu [M]"),
     Rule("vcpu.td_state", ("EIO",), "KVM_CREATE_VCPU", 2, "not between TDX_INIT_VM and FINALIZE_VM", "tdx_vcpu_create"),
