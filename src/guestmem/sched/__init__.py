@@ -10,16 +10,20 @@ from guestmem.sched.locks import AllOf, Lock, RwLock
 from guestmem.sched.policy import Fifo, Policy
 from guestmem.sched.scheduler import Deadlock, Operation, Scheduler, Task, park
 from guestmem.sched.srcu import Srcu
+from guestmem.sched.timers import Clock, ManualClock, MonotonicClock, Timer, Timers
 from guestmem.sched.waitqueue import WaitQueue
 
 __all__ = [
     "AllOf",
+    "Clock",
     "Deadlock",
     "Fifo",
     "Fingerprinter",
     "Lock",
     "LockClass",
     "LockOrderViolation",
+    "ManualClock",
+    "MonotonicClock",
     "Operation",
     "Policy",
     "RefCount",
@@ -29,6 +33,8 @@ __all__ = [
     "SeqCount",
     "Srcu",
     "Task",
+    "Timer",
+    "Timers",
     "WaitQueue",
     "Walk",
     "fingerprint",

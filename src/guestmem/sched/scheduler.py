@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from guestmem.sched.lock_order import LockClass, LockOrderViolation
 from guestmem.sched.policy import Fifo, Policy
+from guestmem.sched.timers import Timers
 
 T = TypeVar("T")
 
@@ -179,6 +180,7 @@ class Scheduler:
         self.parked: list[Task[Any]] = []
         self.steps = 0
         self.observers: list[Callable[[Task[Any]], None]] = []
+        self.timers = Timers()
         self._next_id = 0
 
     # Tasks
@@ -271,7 +273,8 @@ class Scheduler:
     def run(self, coroutine: Coroutine[Any, None, T], name: str = "script") -> T:
         """The blocking facade: run `coroutine` as a task until it ends, others when it waits; its result.
 
-        Raises: Deadlock when it waits and nobody can go on; what `coroutine` raises; RuntimeError inside a task.
+        Raises: Deadlock when it waits, nobody can go on and no timer runs; what `coroutine` raises; RuntimeError inside
+        a task.
         """
         if self.current is not None:
             coroutine.close()
@@ -281,7 +284,7 @@ class Scheduler:
             self.parked.pop()
             self._resume(task)
         while not task.done:
-            if not self.step():
+            if not self.step() and not self.timers.sleep():
                 raise Deadlock(list(self.parked))
         return task.outcome()
 
