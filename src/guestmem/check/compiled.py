@@ -112,6 +112,9 @@ class CompiledEngine:
             return Stage2Miss(access.gpa, isinstance(access, Store), private=access.private)
         return stop
 
+    def set_stop_msrs(self, ranges: tuple[range, ...]) -> None:
+        """A script has no RDMSR."""
+
     def emulate_mmio(self, gpa: int, write: bool) -> Stop:
         """An access to no memory, as on an empty bus: a load reads 0xff, a store is lost."""
         self._completed(0xFF)

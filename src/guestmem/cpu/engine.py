@@ -124,6 +124,22 @@ class MmioRead:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ReadMsr:
+    """RDMSR of a register that `set_stop_msrs` names. At the instruction: `complete(value)` executes it,
+    `raise_exception` ends it, run without either repeats it."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WriteMsr:
+    """WRMSR of a register that `set_stop_msrs` names. As ReadMsr; what `complete` is given is ignored."""
+
+    index: int
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Halt:
     """HLT. Complete."""
 
@@ -212,6 +228,8 @@ Stop: TypeAlias = (
     | PortIn
     | MmioWrite
     | MmioRead
+    | ReadMsr
+    | WriteMsr
     | Halt
     | Hypercall
     | Pvalidate
@@ -263,6 +281,10 @@ class Engine(Protocol):
         ...
 
     def set_cpuid(self, table: CpuidTable) -> None: ...
+
+    def set_stop_msrs(self, ranges: tuple[range, ...]) -> None:
+        """MSRs that are not the engine's: the guest's RDMSR and WRMSR are stops. None are at first."""
+        ...
 
     def get_regs(self) -> Regs: ...
 
@@ -318,6 +340,14 @@ class CpuState(Protocol):
     def set_msr(self, index: int, value: int) -> bool:
         """False if there is no such register or it does not take the value."""
         ...
+
+    @property
+    def cr8(self) -> int:
+        """0 to 15, as MOV to CR8 left it."""
+        ...
+
+    @cr8.setter
+    def cr8(self, value: int) -> None: ...
 
     def get_events(self) -> Events: ...
 

@@ -10,6 +10,7 @@ from unicorn import x86_const
 
 from guestmem.cpu import cpuid, fast_calls, uc_native
 from guestmem.cpu.cpu_state import HF_INHIBIT_IRQ
+from guestmem.cpu.engine import ReadMsr, WriteMsr
 from guestmem.cpu.exceptions import BP, GP, OF, RFLAGS_RF, Event
 from guestmem.cpu.guest_memory import GuestFault
 from guestmem.cpu.msrs import Msrs
@@ -35,6 +36,8 @@ class Instructions:
 
     def __init__(self, core: Core, tlb: Tlb) -> None:
         self._core, self._tlb = core, tlb
+        self.stop_msrs: tuple[range, ...] = ()
+        self._stopped_length = 0
         self.msrs = Msrs(core.handle, core.cpu, tlb.page_bit)
         for instruction, callback in (
             (x86_const.UC_X86_INS_CPUID, self._on_cpuid),
@@ -65,8 +68,8 @@ class Instructions:
         cpu.set_sregs(sregs)
         return None
 
-    def access_msr(self) -> Event | None:
-        """RDMSR or WRMSR at RIP, which moves past it. The exception that it raises instead.
+    def access_msr(self) -> Event | ReadMsr | WriteMsr | None:
+        """RDMSR or WRMSR at RIP, which moves past it. The exception that it raises, or the stop that it is, instead.
 
         Raises: GuestFault, Stage2Refused.
         """
@@ -75,6 +78,10 @@ class Instructions:
         while code[-2] != _TWO_BYTES:
             code += self._tlb.code_bytes(place + len(code), 1)
         index = env.regs[_RCX] & _MASK_32
+        if any(index in range_ for range_ in self.stop_msrs):
+            self._stopped_length = len(code)
+            written = env.regs[_RAX] & _MASK_32 | (env.regs[_RDX] & _MASK_32) << 32
+            return ReadMsr(index) if code[-1] == _RDMSR else WriteMsr(index, written)
         if code[-1] == _RDMSR:
             value = self.msrs.get(index)
             if value is None:
@@ -82,10 +89,21 @@ class Instructions:
             env.regs[_RAX], env.regs[_RDX] = value & _MASK_32, value >> 32
         elif not self.msrs.set(index, env.regs[_RAX] & _MASK_32 | (env.regs[_RDX] & _MASK_32) << 32, guest=True):
             return Event(GP)
-        env.eip += len(code)
+        self._move_past(len(code))
+        return None
+
+    def finish_msr(self, stop: ReadMsr | WriteMsr, value: int) -> None:
+        """What was stopped at, with the answer."""
+        regs = self._core.cpu.env.regs
+        if isinstance(stop, ReadMsr):
+            regs[_RAX], regs[_RDX] = value & _MASK_32, value >> 32
+        self._move_past(self._stopped_length)
+
+    def _move_past(self, length: int) -> None:
+        env = self._core.cpu.env
+        env.eip += length
         env.hflags &= ~HF_INHIBIT_IRQ
         env.eflags &= ~RFLAGS_RF
-        return None
 
     def int_length(self, vector: int) -> int:
         """Bytes of the INT instruction before RIP. INT3 and INTO have one, INT n has two."""

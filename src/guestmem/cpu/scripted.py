@@ -125,6 +125,9 @@ class ScriptedEngine:
     def set_cpuid(self, table: CpuidTable) -> None:
         """A script has no CPUID instruction."""
 
+    def set_stop_msrs(self, ranges: tuple[range, ...]) -> None:
+        """Nor RDMSR."""
+
     def get_regs(self) -> Regs:
         return self._regs
 

@@ -126,6 +126,14 @@ class UnicornState:
         shadow = HF_INHIBIT_IRQ if events.interrupt_shadow else 0
         cpu.env.hflags = cpu.env.hflags & ~HF_INHIBIT_IRQ | shadow
 
+    @property
+    def cr8(self) -> int:
+        return int(self._core.cpu.tail.v_tpr & 15)
+
+    @cr8.setter
+    def cr8(self, value: int) -> None:
+        self._core.cpu.tail.v_tpr = value & 15
+
     def queue_interrupt(self, vector: int) -> None:
         """The guest takes it as soon as RFLAGS.IF is set and no shadow is. Raises: ValueError, beyond 255."""
         self._check_open()

@@ -28,10 +28,12 @@ from guestmem.cpu.engine import (
     MmioRead,
     PortIn,
     PortOut,
+    ReadMsr,
     Shutdown,
     SliceOver,
     Stage2Miss,
     Stop,
+    WriteMsr,
 )
 from guestmem.cpu.exceptions import DB, RFLAGS_TF, UD, Event, Unsupported, deliver
 from guestmem.cpu.guest_calls import PAST_INSTRUCTION, GuestCall, GuestCalls
@@ -108,6 +110,11 @@ class Vcpu:
         self.calls.complete(call, value)
         if not isinstance(call, PAST_INSTRUCTION):
             self._trap_if_traced()
+
+    def finish_msr(self, stop: ReadMsr | WriteMsr, value: int) -> None:
+        """The answer to an access to an MSR that is not ours."""
+        self.instructions.finish_msr(stop, value)
+        self._trap_if_traced()
 
     def raise_exception(self, asked: Stop | None, event: Event) -> None:
         """`event` at the instruction of the last stop, which has not happened."""
@@ -192,9 +199,12 @@ class Vcpu:
 
     def _access_msr(self) -> Stop | None:
         try:
-            self.pending = self.instructions.access_msr()
+            outcome = self.instructions.access_msr()
         except (GuestFault, Stage2Refused) as error:
             return self._not_done(error)
+        if isinstance(outcome, ReadMsr | WriteMsr):
+            return outcome
+        self.pending = outcome
         if self.pending is None:
             self._trap_if_traced()
         return None

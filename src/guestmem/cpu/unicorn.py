@@ -20,11 +20,13 @@ from guestmem.cpu.engine import (
     MmioRead,
     PortIn,
     Pvalidate,
+    ReadMsr,
     Rmpadjust,
     SliceOver,
     Stop,
     Tdcall,
     Vmgexit,
+    WriteMsr,
 )
 from guestmem.cpu.exceptions import Event
 from guestmem.cpu.guest_calls import PAST_INSTRUCTION
@@ -97,6 +99,8 @@ class UnicornEngine(UnicornState):
             self._vcpu.mmio.supply(value)
             while self._vcpu.mmio.active and self._next is None:
                 self._next = self._vcpu.advance()
+        elif isinstance(asked, ReadMsr | WriteMsr):
+            self._vcpu.finish_msr(asked, value)
         elif isinstance(asked, (Hypercall, Pvalidate, Rmpadjust, Vmgexit, Tdcall)):
             self._vcpu.finish_call(asked, value)
 
@@ -116,6 +120,10 @@ class UnicornEngine(UnicornState):
         self._check_open()
         self._vcpu.instructions.msrs.cpuid = dict(table)
         self._vcpu.tlb.set_physical_bits(cpuid.physical_bits(table))
+
+    def set_stop_msrs(self, ranges: tuple[range, ...]) -> None:
+        self._check_open()
+        self._vcpu.instructions.stop_msrs = ranges
 
     def get_regs(self) -> Regs:
         """The general registers. At a stop that repeats its instruction, those before the instruction."""
