@@ -31,6 +31,7 @@ from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_fro
 from guestmem.kvm.exits import Exit, HltExit, ShutdownExit
 from guestmem.kvm.gmem import create_guest_memfd, set_memory_attributes2
 from guestmem.kvm.identity import IdentityPool
+from guestmem.kvm.irqchip import IrqChip
 from guestmem.kvm.link import link_guest_memfd
 from guestmem.kvm.populate import populate
 from guestmem.kvm.prefault import pre_fault_memory
@@ -57,7 +58,7 @@ from guestmem.memory import (
 )
 from guestmem.memory.huge_backing import new_huge_backing
 from guestmem.memory.pages import ORDERS, page_range
-from guestmem.sched import Policy, Scheduler, Task
+from guestmem.sched import Deadlock, Policy, Scheduler, Task
 from guestmem.trace import Tracer
 from guestmem.uapi import kvm as uapi
 from guestmem.uapi.kvm import VmType
@@ -208,8 +209,8 @@ class Host:
                 if not isinstance(exit_, (HltExit, ShutdownExit)):
                     running[self._enter(vcpu)] = vcpu
         finally:
-            for vcpu in running.values():
-                vcpu.vcpu.immediate_exit = True
+            for task, vcpu in running.items():
+                vcpu.vcpu.immediate_exit = task.signal_pending = True  # the latter wakes those that sleep in HLT
             while not all(task.done for task in running):
                 self.scheduler.step()
             for vcpu in running.values():
@@ -246,7 +247,8 @@ class Host:
             for task in tasks:
                 if task.done:
                     return task
-            self.scheduler.step()
+            if not self.scheduler.step() and not self.scheduler.timers.sleep():
+                raise Deadlock(list(tasks))
 
 
 class Vm:
@@ -315,6 +317,14 @@ class Vm:
         """KVM_CAP_EXIT_HYPERCALL: these come back as exits instead of -KVM_ENOSYS."""
         for number in numbers:
             self.kvm.enabled_hypercalls |= 1 << number
+
+    def create_irqchip(self, *, split_pins: int | None = None, pit: bool = False) -> IrqChip:
+        """KVM_CREATE_IRQCHIP, and KVM_CREATE_PIT2 with `pit`; KVM_CAP_SPLIT_IRQCHIP with `split_pins`. Before vCPUs."""
+        timers = self.host.scheduler.timers
+        irqchip = self.kvm.irqchip = IrqChip(timers, split_pins is not None, split_pins or 0)
+        if pit:
+            irqchip.create_pit(has_speaker=True)
+        return irqchip
 
     def create_vcpu(self, number: int = 0) -> VcpuHandle:
         """KVM_CREATE_VCPU."""

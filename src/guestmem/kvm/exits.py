@@ -95,6 +95,18 @@ class InternalErrorExit:
 
 
 @dataclasses.dataclass(slots=True)
+class IoapicEoiExit:
+    """KVM_EXIT_IOAPIC_EOI: the guest has ended the level-triggered interrupt `vector`, of the VMM's IOAPIC."""
+
+    vector: int
+
+
+@dataclasses.dataclass(slots=True)
+class UninitializedExit:
+    """KVM_RUN fails with EAGAIN: the vCPU had to wait for INIT, and has it. To be run again, for SIPI."""
+
+
+@dataclasses.dataclass(slots=True)
 class InterruptedExit:
     """KVM_RUN fails with EINTR: `immediate_exit` was set, or a signal is pending, which alone is an exit reason."""
 
@@ -112,5 +124,7 @@ Exit: TypeAlias = (
     | FailEntryExit
     | SystemEventExit
     | InternalErrorExit
+    | IoapicEoiExit
+    | UninitializedExit
     | InterruptedExit
 )

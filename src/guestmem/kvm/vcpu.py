@@ -10,6 +10,7 @@ Source: arch/x86/kvm/x86.c vcpu_enter_guest, vcpu_run; Documentation/virt/kvm/ap
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Mapping
 
 from guestmem.cpu import engine as cpu
 from guestmem.cpu.engine import Engine
@@ -21,25 +22,49 @@ from guestmem.kvm.exits import (
     HypercallExit,
     InternalErrorExit,
     InterruptedExit,
+    IoapicEoiExit,
     IoExit,
     IrqWindowOpenExit,
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
+    UninitializedExit,
 )
 from guestmem.kvm.identity import Identity
+from guestmem.kvm.irqchip.chip import Ports
+from guestmem.kvm.irqchip.ioapic import LENGTH as IOAPIC_LENGTH
+from guestmem.kvm.irqchip.ioapic import IoApic
+from guestmem.kvm.irqchip.lapic import Lapic
+from guestmem.kvm.irqchip.lapic_registers import TPR
+from guestmem.kvm.kvmclock import VcpuClock
 from guestmem.kvm.mmu import FaultResult, page_fault
 from guestmem.kvm.protected import guest_instructions
 from guestmem.kvm.protected.guest_mode import GuestMode
+from guestmem.kvm.vcpu_interrupts import VcpuInterrupts
+from guestmem.kvm.vcpu_msrs import get_msr, set_msr, stops
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access
 from guestmem.sched import Lock, LockClass, Operation, RefCount, park
 from guestmem.trace import EHWPOISON, Refusal
 from guestmem.trace import events as event
-from guestmem.uapi.kvm import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM, KVM_HC_MAP_GPA_RANGE, KVM_MP_STATE_RUNNABLE
+from guestmem.uapi.kvm import (
+    KVM_EINVAL,
+    KVM_ENOSYS,
+    KVM_EPERM,
+    KVM_HC_MAP_GPA_RANGE,
+    KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED,
+    MAX_PHYSICAL_ADDRESS_BITS,
+)
 
 _MEMORY_FAULTS = (errno.EFAULT, EHWPOISON)
 _U64 = 1 << 64
+_GP = 13
+_PHYSICAL = (1 << MAX_PHYSICAL_ADDRESS_BITS) - 1
+_CPUID_X2APIC, _CPUID_TSC_DEADLINE = 1 << 21, 1 << 24
+_DEVICES_IN_A_ROW = 32
+"""Accesses to controllers after which others may run, though the slice is not over."""
 
 
 class Vcpu:
@@ -64,8 +89,36 @@ class Vcpu:
         self.mp_state = KVM_MP_STATE_RUNNABLE
         self.cpuid: cpu.CpuidTable = {}
         self.guest_mode = GuestMode(self) if kvm.machine.architecture.has_vcpus else None
-        self.lapic = bytes(1024)  # what KVM_SET_LAPIC left
+        self.interrupts = VcpuInterrupts(self)
+        self.clock = VcpuClock(self)
+        self._devices_in_a_row = 0
+        self._create_lapic()
+        engine.set_stop_msrs(stops(self))
         kvm.get()
+
+    @property
+    def lapic(self) -> Lapic | None:
+        """Its local APIC, where that is in the kernel."""
+        return self.interrupts.lapic
+
+    def _create_lapic(self) -> None:
+        """A processor that is not the bootstrap's waits for INIT; one that hardware starts by other means (an SNP
+        guest's, a TD's) does not wait here. Source: kvm_arch_vcpu_create."""
+        irqchip, is_bsp = self.kvm.irqchip, self.number == self.kvm.bsp_vcpu_id
+        if irqchip is None:
+            return
+        self.interrupts.lapic = irqchip.new_lapic(self.number, self.interrupts, is_bsp)
+        if not is_bsp and self.guest_mode is None:
+            self.mp_state = KVM_MP_STATE_UNINITIALIZED
+
+    def set_cpuid(self, table: cpu.CpuidTable) -> None:
+        """KVM_SET_CPUID2. Source: kvm_vcpu_after_set_cpuid."""
+        self.cpuid = table
+        self.engine.set_cpuid(table)
+        if self.lapic is not None:
+            features = table.get((1, 0), (0, 0, 0, 0))[2]
+            self.lapic.has_x2apic = bool(features & _CPUID_X2APIC)
+            self.lapic.has_tsc_deadline = bool(features & _CPUID_TSC_DEADLINE)
 
     def get(self) -> None:
         self.references.get()
@@ -101,15 +154,20 @@ class Vcpu:
         """
         if self.mutex.owner is not None or self.immediate_exit or self._begun is not None or self.kvm.dead:
             return None
-        if self.guest_mode is not None:
+        if self.guest_mode is not None or self.mp_state != KVM_MP_STATE_RUNNABLE:
+            return None
+        self.kvm.scheduler.timers.fire_due()
+        interrupts = self.interrupts
+        if interrupts.has_start_event() or interrupts.eoi_exit is not None or self.clock.needs_update:
             return None
         self.kvm.entered = True
         self._answer()
+        interrupts.inject()
         stop = self.engine.run()
         match stop:
-            case cpu.PortOut() if not self.kvm.io_devices:
+            case cpu.PortOut() if not self.kvm.io_devices and not self._ports.get(stop.port):
                 exit_: Exit = IoExit(stop.port, stop.size, True, stop.value)
-            case cpu.PortIn():
+            case cpu.PortIn() if not self._ports.get(stop.port):
                 exit_ = self._wait_for_answer(IoExit(stop.port, stop.size, False, count=stop.count))
             case _:
                 self._begun = stop
@@ -136,15 +194,57 @@ class Vcpu:
             if self.kvm.scheduler.signal_pending:
                 return InterruptedExit(by_signal=True)
             self.kvm.check_alive()
-            self.kvm.entered = True
-            if self.guest_mode is None:
-                stop, self._begun = self._begun or self.engine.run(), None
-                exit_ = await self._handle(stop)
-            else:
-                exit_ = await self._handle(await self.guest_mode.run())
+            stop: cpu.Stop | FailEntryExit | None
+            stop, self._begun = self._begun, None
+            if stop is None:  # else it has run already, and what it met comes before anything new
+                exit_ = await self._prepare_to_enter()
+                if exit_ is not None:
+                    return exit_
+                self.kvm.entered = True
+                stop = self.engine.run() if self.guest_mode is None else await self.guest_mode.run()
+            exit_ = await self._handle(stop)
             if exit_ is not None:
                 return exit_
-            await self.kvm.scheduler.cond_resched("vCPU slice")
+            if self._devices_in_a_row % _DEVICES_IN_A_ROW == 0:
+                await self.kvm.scheduler.cond_resched("vCPU slice")
+
+    async def _prepare_to_enter(self) -> Exit | None:
+        """What was asked of the vCPU before it goes on, from outside and by its own guest. Source: the requests of
+        vcpu_enter_guest, vcpu_block."""
+        self.kvm.scheduler.timers.fire_due()
+        interrupts = self.interrupts
+        if interrupts.eoi_exit is not None:
+            vector, interrupts.eoi_exit = interrupts.eoi_exit, None
+            return IoapicEoiExit(vector)
+        if self.guest_mode is None and (self.mp_state != KVM_MP_STATE_RUNNABLE or interrupts.has_start_event()):
+            exit_ = await self._wait_until_runnable()
+            if exit_ is not None:
+                return exit_
+        if self.clock.needs_update:
+            await self.clock.update()
+        interrupts.inject()
+        return None
+
+    async def _wait_until_runnable(self) -> Exit | None:
+        """HLT, and a processor that has not been started. Source: kvm_arch_vcpu_ioctl_run, vcpu_block."""
+        interrupts, was_uninitialized = self.interrupts, self.mp_state == KVM_MP_STATE_UNINITIALIZED
+        while True:
+            interrupts.accept_start_events()
+            if was_uninitialized and self.mp_state != KVM_MP_STATE_UNINITIALIZED:
+                return UninitializedExit()
+            halted = self.mp_state == KVM_MP_STATE_HALTED
+            if halted and interrupts.wakes():
+                self.mp_state = KVM_MP_STATE_RUNNABLE
+            if self.mp_state == KVM_MP_STATE_RUNNABLE:
+                return None
+            if not await self._sleep(interrupts.wakes if halted else interrupts.has_start_event):
+                return InterruptedExit(by_signal=True)
+
+    async def _sleep(self, wakes: Callable[[], bool]) -> bool:
+        """Until `wakes()`, or a signal; whether it was not the signal."""
+        task = self.kvm.scheduler.current
+        await park(Operation("halted", f"vcpu {self.number}", lambda: wakes() or task is None or task.signal_pending))
+        return task is not None and not task.signal_pending
 
     def _answer(self) -> None:
         """Hand the engine what the VMM filled into the last exit."""
@@ -156,23 +256,34 @@ class Vcpu:
 
     async def _handle(self, stop: cpu.Stop | FailEntryExit) -> Exit | None:
         """The exit for a stop; None to go on in the guest."""
+        if not self._is_kernels_own(stop):
+            self._devices_in_a_row = 0
+        elif not self.kvm.scheduler.explores:
+            self._devices_in_a_row += 1
         match stop:
             case cpu.SliceOver():
                 return None
             case cpu.Stage2Miss():
                 return await self._page_fault(stop)
             case cpu.PortOut():
-                if self._taken(stop.port, stop.size, stop.value, is_port=True):
+                if self._write_port(stop) or self._taken(stop.port, stop.size, stop.value, is_port=True):
                     return None
                 return IoExit(stop.port, stop.size, True, stop.value)
             case cpu.PortIn():
+                if self._read_port(stop):
+                    return None
                 return self._wait_for_answer(IoExit(stop.port, stop.size, False, count=stop.count))
             case cpu.MmioWrite():
-                if self._taken(stop.gpa, stop.size, stop.value, is_port=False):
+                if self._write_mmio(stop) or self._taken(stop.gpa, stop.size, stop.value, is_port=False):
                     return None
                 return MmioExit(stop.gpa, stop.size, True, stop.value)
             case cpu.MmioRead():
+                if self._read_mmio(stop):
+                    return None
                 return self._wait_for_answer(MmioExit(stop.gpa, stop.size, False))
+            case cpu.ReadMsr() | cpu.WriteMsr():
+                self._access_msr(stop)
+                return None
             case cpu.Hypercall():
                 return self._hypercall(stop)
             case cpu.Pvalidate() | cpu.Rmpadjust():
@@ -184,7 +295,7 @@ class Vcpu:
             case cpu.Shutdown():
                 return ShutdownExit()
             case cpu.InterruptWindow():
-                return IrqWindowOpenExit()
+                return IrqWindowOpenExit() if self.interrupts.window_opened() else None
             case cpu.Failed():
                 return InternalErrorExit(stop.rip, stop.why)
             case FailEntryExit():
@@ -217,17 +328,85 @@ class Vcpu:
         """Whether something in the kernel takes a write, so that it is no exit. Source: kvm_io_bus_write."""
         return any(device.write(address, size, value, is_port) for device in self.kvm.io_devices)
 
-    async def _halt(self) -> Exit:
-        """With an interrupt controller in the kernel the vCPU sleeps there; nothing but a signal can wake it here."""
+    async def _halt(self) -> Exit | None:
+        """With an APIC in the kernel the vCPU sleeps there. A protected one's MP state says who started it, and not
+        that it sleeps. Source: __kvm_emulate_halt."""
         if not self.kvm.apic_in_kernel:
             return HltExit()
-        scheduler = self.kvm.scheduler
-        task = scheduler.current
-        await park(Operation("halted", f"vcpu {self.number}", lambda: task is None or task.signal_pending))
-        return InterruptedExit(by_signal=True)
+        if self.guest_mode is None:
+            self.mp_state = KVM_MP_STATE_HALTED
+            return None
+        return None if await self._sleep(self.interrupts.wakes) else InterruptedExit(by_signal=True)
+
+    # Devices in the kernel
+
+    @staticmethod
+    def _is_kernels_own(stop: cpu.Stop | FailEntryExit) -> bool:
+        """A stop that costs the guest little and comes often: others need not run after each."""
+        return isinstance(stop, cpu.PortOut | cpu.PortIn | cpu.MmioRead | cpu.MmioWrite | cpu.ReadMsr | cpu.WriteMsr)
+
+    @property
+    def _ports(self) -> Mapping[int, Ports]:
+        irqchip = self.kvm.irqchip
+        return irqchip.ports if irqchip is not None else {}
+
+    def _write_port(self, stop: cpu.PortOut) -> bool:
+        device = self._ports.get(stop.port)
+        if device is not None:
+            device.write(stop.port, stop.size, stop.value)
+        return device is not None
+
+    def _read_port(self, stop: cpu.PortIn) -> bool:
+        device = self._ports.get(stop.port)
+        if device is None:
+            return False
+        mask = (1 << 8 * stop.size) - 1
+        values = (device.read(stop.port, stop.size) & mask for _ in range(stop.count))
+        self.engine.complete(sum(value << 8 * stop.size * place for place, value in enumerate(values)))
+        return True
+
+    def _read_mmio(self, stop: cpu.MmioRead) -> bool:
+        device, offset = self._mmio_device(stop.gpa)
+        if device is None:
+            return False
+        self.engine.complete(device.mmio_read(offset, stop.size))
+        return True
+
+    def _write_mmio(self, stop: cpu.MmioWrite) -> bool:
+        device, offset = self._mmio_device(stop.gpa)
+        if device is None:
+            return False
+        device.mmio_write(offset, stop.size, stop.value)
+        if offset >> 4 == TPR and device is self.lapic:
+            self.interrupts.give_tpr()
+        return True
+
+    def _mmio_device(self, gpa: int) -> tuple[Lapic | IoApic | None, int]:
+        """What is at `gpa` besides memory, and how far into it. Source: vcpu_mmio_write."""
+        lapic, irqchip = self.lapic, self.kvm.irqchip
+        if lapic is None or irqchip is None:
+            return None, 0
+        if gpa & -PAGE_SIZE == lapic.base & -PAGE_SIZE & _PHYSICAL:
+            return lapic, gpa & PAGE_SIZE - 1
+        ioapic = irqchip.ioapic
+        if ioapic is not None and 0 <= gpa - ioapic.base < IOAPIC_LENGTH:
+            return ioapic, gpa - ioapic.base
+        return None, 0
+
+    def _access_msr(self, stop: cpu.ReadMsr | cpu.WriteMsr) -> None:
+        if isinstance(stop, cpu.ReadMsr):
+            value = get_msr(self, stop.index)
+        else:
+            value = 0 if set_msr(self, stop.index, stop.value, from_guest=True) else None
+        if value is None:
+            self.engine.raise_exception(_GP, 0)
+        else:
+            self.engine.complete(value)
 
     async def _page_fault(self, stop: cpu.Stage2Miss) -> Exit | None:
         kvm = self.kvm
+        if self._mmio_device(stop.gpa)[0] is not None and kvm.memslots.find(gfn_of(stop.gpa)) is None:
+            return await self._handle(self.engine.emulate_mmio(stop.gpa, stop.write))
         result = "exit"
         try:
             outcome = await page_fault(kvm, stop.gpa, write=stop.write, private=stop.private)

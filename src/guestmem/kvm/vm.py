@@ -15,6 +15,8 @@ from guestmem.arch import Lifetime, Platform
 from guestmem.cpu.engine import Engine, GuestMemory
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.identity import IdentityPool, VirtualMachine
+from guestmem.kvm.irqchip import IrqChip
+from guestmem.kvm.kvmclock import KvmClock
 from guestmem.kvm.memslots import MemorySlot, SlotTable
 from guestmem.kvm.stage2 import Stage2
 from guestmem.memory import PAGE_SHIFT, Access, Inode, Pfn, Range
@@ -149,9 +151,10 @@ class Kvm:
         self.helper_number = 0  # among the identity's struct kvm: 0 the owner's
         self.enabled_hypercalls = 0
         self.io_devices: list[IoDevice] = []
-        self.irqchip: dict[int, bytes] | None = None  # KVM_CREATE_IRQCHIP; saved state by chip
-        self.split_irqchip = False  # KVM_CAP_SPLIT_IRQCHIP
-        self.clock_offset_ns = 0
+        self.irqchip: IrqChip | None = None  # KVM_CREATE_IRQCHIP, KVM_CAP_SPLIT_IRQCHIP
+        self.x2apic_api = 0  # KVM_CAP_X2APIC_API's flags
+        self.bsp_vcpu_id = 0  # KVM_SET_BOOT_CPU_ID
+        self.clock = KvmClock(scheduler.timers)
         self.references = RefCount(scheduler, f"kvm {number}")
         self.destroyed = False
         self.host_invalidations = 0
@@ -186,7 +189,7 @@ class Kvm:
     @property
     def apic_in_kernel(self) -> bool:
         """Source: lapic_in_kernel."""
-        return self.irqchip is not None or self.split_irqchip
+        return self.irqchip is not None
 
     @property
     def identity_in_use(self) -> bool:
@@ -282,6 +285,8 @@ class Kvm:
         self.vcpus.clear()
         for device in self.io_devices:
             device.close()
+        if self.irqchip is not None:
+            self.irqchip.close()
         for table in self.stage2.tables.values():
             table.zap(Range(Gfn(0), Gfn(self.attributes.count)))
         self.destroyed = True

@@ -14,6 +14,7 @@ from guestmem.cpu.registers import Regs, Sregs
 from guestmem.cpu.scripted import Load, ScriptedEngine, Step, Store, Write
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.exits import FailEntryExit, HltExit, InterruptedExit, MemoryFaultExit
+from guestmem.kvm.irqchip import IrqChip
 from guestmem.kvm.protected import snp_ap
 from guestmem.kvm.protected.ghcb import AP_CREATION
 from guestmem.kvm.protected.snp_ap import CREATE_ON_INIT, DESTROY
@@ -141,7 +142,7 @@ def test_its_slot_goes(guest: Guest) -> None:
 
 
 def test_with_an_interrupt_controller_it_sleeps_in_the_kernel(guest: Guest) -> None:
-    guest.vm.kvm.irqchip = {}
+    guest.vm.kvm.irqchip = IrqChip(guest.vm.kvm.scheduler.timers)
     scheduler = guest.bench.host.scheduler
     seen = []
 

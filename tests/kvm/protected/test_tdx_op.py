@@ -14,6 +14,7 @@ from guestmem.arch.tdx.parameters import SEPT_VE_DISABLE, cpuid_configurable
 from guestmem.cpu.cpuid import DEFAULT_CPUID
 from guestmem.host import Host
 from guestmem.kvm.ioctl import check_vcpu_creation, encrypt_vcpu, ioctl
+from guestmem.kvm.irqchip import IrqChip
 from guestmem.memory import PAGE_SIZE
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import KVM_MEMORY_ENCRYPT_OP, VmType
@@ -195,7 +196,7 @@ def test_a_td_needs_an_apic_in_the_kernel() -> None:
     """tdx_vcpu_create, lapic_in_kernel."""
     with Host(memory=1 << 20) as host:
         client = Client(host)
-        client.vm.kvm.split_irqchip = False
+        client.vm.kvm.irqchip = None
         assert not client.call(INIT_VM)
         assert client.call(VCPU) == "EINVAL vcpu.no_apic"
 
@@ -273,7 +274,7 @@ class Client:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.vm = host.create_vm(VmType.TDX)
-        self.vm.kvm.split_irqchip = True
+        self.vm.kvm.irqchip = IrqChip(host.scheduler.timers, is_split=True)
         self.vm.set_memory_region(0, 0, PAGE_SIZE, gmem=self.vm.create_guest_memfd(PAGE_SIZE))
         self.memory: View = host.anonymous(2 * PAGE_SIZE)
         self.hw_error = 0

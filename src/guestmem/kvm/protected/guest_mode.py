@@ -111,7 +111,7 @@ class GuestMode:
             self.requested = False
             await state_page.update(self.vcpu, self)
             return None
-        if self.vcpu.kvm.irqchip is None:
+        if not self.vcpu.kvm.apic_in_kernel:
             return Halt()
         task = self.vcpu.kvm.scheduler.current
         await park(
