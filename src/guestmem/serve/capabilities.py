@@ -24,25 +24,38 @@ from guestmem.uapi.kvm import (
 from guestmem.uapi.levels import AbiLevel
 
 MAX_VCPUS = 64
-EXIT_HYPERCALL, DISABLE_QUIRKS, DISABLE_QUIRKS2, SPLIT_IRQCHIP = 201, 116, 213, 121
+EXIT_HYPERCALL, DISABLE_QUIRKS, DISABLE_QUIRKS2, SPLIT_IRQCHIP, X2APIC_API = 201, 116, 213, 121, 129
 EXIT_HYPERCALL_VALID = 1 << 12
 QUIRKS_VALID = 0xFF
+X2APIC_API_VALID = 0b1111
+_X2APIC_SUPPRESS_EOI = 0b100
+_CLOCK_FLAGS = 0b1110  # TSC_STABLE, REALTIME, HOST_TSC
 
 _CONSTANT = {
     0: 1,  # IRQCHIP
     3: 1,  # USER_MEMORY
+    1: 1,  # HLT
     4: 1,  # SET_TSS_ADDR
     7: 1,  # EXT_CPUID
+    8: 1,  # CLOCKSOURCE
     10: KVM_USER_MEM_SLOTS,
+    11: 1,  # PIT
     14: 1,  # MP_STATE
     15: 2,  # COALESCED_MMIO: the page of its ring
     16: 1,  # SYNC_MMU
     21: 1,  # DESTROY_MEMORY_REGION_WORKS
     30: 1,  # JOIN_MEMORY_REGIONS_WORKS
+    22: 1,  # USER_NMI
+    25: 4096,  # IRQ_ROUTING
+    26: 1,  # IRQ_INJECT_STATUS
+    24: 1,  # REINJECT_CONTROL
+    32: 1,  # IRQFD
     33: 1,  # PIT2
+    34: 1,  # SET_BOOT_CPU_ID
+    35: 1,  # PIT_STATE2
     36: 1,  # IOEVENTFD
     37: 1,  # SET_IDENTITY_MAP_ADDR
-    39: 1,  # ADJUST_CLOCK
+    39: _CLOCK_FLAGS,  # ADJUST_CLOCK
     41: 1,  # VCPU_EVENTS
     50: 1,  # DEBUGREGS
     55: 1,  # XSAVE
@@ -50,9 +63,15 @@ _CONSTANT = {
     60: 1,  # TSC_CONTROL
     61: 1,  # GET_TSC_KHZ
     66: MAX_VCPUS,
+    72: 1,  # TSC_DEADLINE_TIMER
+    76: 1,  # KVMCLOCK_CTRL
+    77: 1,  # SIGNAL_MSI
     81: 1,  # READONLY_MEM
+    82: 1,  # IRQFD_RESAMPLE
     98: 1,  # ENABLE_CAP_VM
+    100: 1,  # IOEVENTFD_NO_LENGTH
     SPLIT_IRQCHIP: 1,
+    122: 1,  # IOEVENTFD_ANY_LENGTH
     128: MAX_VCPUS,  # MAX_VCPU_ID
     136: 1,  # IMMEDIATE_EXIT
     DISABLE_QUIRKS: QUIRKS_VALID,
@@ -98,11 +117,18 @@ def _gmem_attributes(level: AbiLevel, kvm: Kvm | None) -> int:
     return KVM_MEMORY_ATTRIBUTE_PRIVATE if has else 0
 
 
+def _x2apic_api(level: AbiLevel, kvm: Kvm | None) -> int:
+    """Whether EOI broadcasts may be suppressed is known once there is an IOAPIC, or is none."""
+    is_split = kvm is None or (kvm.irqchip is not None and kvm.irqchip.is_split)
+    return X2APIC_API_VALID if is_split else X2APIC_API_VALID & ~_X2APIC_SUPPRESS_EOI
+
+
 _SPECIAL: dict[int, Callable[[AbiLevel, Kvm | None], int]] = {
     9: lambda level, kvm: min(os.cpu_count() or 1, MAX_VCPUS),  # NR_VCPUS, recommended
     233: _memory_attributes,
     234: lambda level, kvm: int(kvm is None or level.mmap or kvm.has_private_memory),  # GUEST_MEMFD
     235: lambda level, kvm: vm_types(level),
+    X2APIC_API: _x2apic_api,
     KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: lambda level, kvm: int(level.link),
     KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: lambda level, kvm: int(level.link),
     244: _guest_memfd_flags,

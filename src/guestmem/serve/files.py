@@ -21,6 +21,7 @@ from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SIZE, File, InodeStatistics, MemfdBacking
 from guestmem.serve.gmem_mappings import GmemMappings
+from guestmem.serve.irqfd import IrqFds
 from guestmem.serve.kvm_run import CoalescedRing, KvmRun
 from guestmem.serve.views import Views, file_id
 from guestmem.serve.wire import FileKind
@@ -59,8 +60,11 @@ class VmFile(ServedFile):
         super().__init__(owner)
         self.kvm = kvm
         self.ring = CoalescedRing()
+        self.irqfds = IrqFds()
 
     async def release(self) -> None:
+        assert self.owner is not None
+        self.irqfds.close(self.owner.server)
         await self.kvm.put()
 
 

@@ -14,6 +14,7 @@ from guestmem.kvm.vm import Kvm
 from guestmem.serve import kvm_run
 from guestmem.serve.call import Call
 from guestmem.serve.files import VmFile
+from guestmem.serve.irqfd import eventfd_id
 from guestmem.trace import Refusal
 
 _IOEVENTFD = struct.Struct("<QQIiI36x")  # datamatch, addr, len, fd, flags
@@ -23,11 +24,24 @@ _LENGTHS = (0, 1, 2, 4, 8)
 
 
 class IoEventFd:
-    """A write to `address` adds one to an eventfd, which this holds."""
+    """A write of `size` bytes (0: any number) to `address` adds one to an eventfd, which this holds. `identity` is the
+    kernel's number of it."""
 
     def __init__(self, fd: int, address: int, size: int, is_port: bool, datamatch: int | None) -> None:
         self.fd = fd
+        self.identity = eventfd_id(fd)
         self.key = (address, size, is_port, datamatch)
+
+    def collides(self, other: IoEventFd) -> bool:
+        """Whether one write could be meant for both. Source: ioeventfd_check_collision."""
+        (at, size, is_port, match), (other_at, other_size, other_port, other_match) = self.key, other.key
+        if (at, is_port) != (other_at, other_port):
+            return False
+        return (
+            not size
+            or not other_size
+            or (size == other_size and (None in (match, other_match) or match == other_match))
+        )
 
     def write(self, address: int, size: int, value: int, is_port: bool) -> bool:
         at, length, port, datamatch = self.key
@@ -67,8 +81,8 @@ def _kvm(call: Call) -> Kvm:
 async def ioeventfd(call: Call, argument: int) -> int:
     """KVM_IOEVENTFD.
 
-    Raises: Refusal EINVAL `ioeventfd.argument`; EBADF `fd.not_open`; EEXIST `ioeventfd.exists`; ENOENT
-    `ioeventfd.none`.
+    Raises: Refusal EINVAL `ioeventfd.argument`; EBADF `fd.not_open`; EINVAL `irqfd.no_eventfd`; EEXIST
+    `ioeventfd.exists`; ENOENT `ioeventfd.none`.
     """
     data = await call.client.memory.copy_from_user(argument, _IOEVENTFD.size)
     datamatch, address, size, number, flags = _IOEVENTFD.unpack(data)
@@ -78,9 +92,13 @@ async def ioeventfd(call: Call, argument: int) -> int:
     kvm = _kvm(call)
     fd = await call.take_descriptor(number)
     new = IoEventFd(fd, address, size, bool(flags & _PIO), datamatch if flags & _DATAMATCH else None)
-    old = next((d for d in kvm.io_devices if isinstance(d, IoEventFd) and d.key == new.key), None)
+    if new.identity is None:
+        new.close()
+        raise Refusal(errno.EINVAL, "irqfd.no_eventfd", fd=number)
+    present = [device for device in kvm.io_devices if isinstance(device, IoEventFd)]
+    old = next((d for d in present if (d.key, d.identity) == (new.key, new.identity)), None)
     if not flags & _DEASSIGN:
-        if old is not None:
+        if any(device.collides(new) for device in present):
             new.close()
             raise Refusal(errno.EEXIST, "ioeventfd.exists", address=address, size=size)
         kvm.io_devices.append(new)

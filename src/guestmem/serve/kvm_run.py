@@ -18,12 +18,14 @@ from guestmem.kvm.exits import (
     HypercallExit,
     InternalErrorExit,
     InterruptedExit,
+    IoapicEoiExit,
     IoExit,
     IrqWindowOpenExit,
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
     SystemEventExit,
+    UninitializedExit,
 )
 from guestmem.uapi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
 
@@ -32,7 +34,7 @@ SIZE = PAGES * mmap.PAGESIZE
 IO_DATA_OFFSET = mmap.PAGESIZE
 
 EXIT_IO, EXIT_HYPERCALL, EXIT_HLT, EXIT_MMIO, EXIT_IRQ_WINDOW_OPEN, EXIT_SHUTDOWN = 2, 3, 5, 6, 7, 8
-EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_SYSTEM_EVENT = 9, 10, 17, 24
+EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_SYSTEM_EVENT, EXIT_IOAPIC_EOI = 9, 10, 17, 24, 26
 EXIT_MEMORY_FAULT = 39
 INTERNAL_ERROR_EMULATION = 1
 _ENTRY_FAILED = (1 << 64) - 1  # SVM_EXIT_ERR
@@ -52,8 +54,8 @@ _MEMORY_FAULT = struct.Struct("<QQQ")  # flags, gpa, size
 _FAIL_ENTRY = struct.Struct("<QI")  # hardware_entry_failure_reason, cpu
 _SYSTEM_EVENT = struct.Struct("<II16Q")  # type, ndata, data
 _INTERNAL = struct.Struct("<II16Q")  # suberror, ndata, data
-_STATE = struct.Struct("<BB")  # ready_for_interrupt_injection, if_flag
-_STATE_AT = 12
+_STATE = struct.Struct("<BBHQQ")  # ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
+_STATE_AT, _CR8_AT = 12, 16
 
 
 class KvmRun:
@@ -71,6 +73,10 @@ class KvmRun:
     @property
     def request_interrupt_window(self) -> bool:
         return bool(self.memory[0])
+
+    @property
+    def cr8(self) -> int:
+        return int.from_bytes(self.memory[_CR8_AT : _CR8_AT + 8], "little")
 
     def answer(self, exit_: Exit | None) -> None:
         """Take what the VMM filled in for the last exit."""
@@ -121,6 +127,11 @@ class KvmRun:
             case InternalErrorExit():
                 reason, error = EXIT_INTERNAL_ERROR, 0
                 _INTERNAL.pack_into(memory, _UNION_AT, INTERNAL_ERROR_EMULATION, 0, *(0,) * 16)
+            case IoapicEoiExit():
+                reason, error = EXIT_IOAPIC_EOI, 0
+                memory[_UNION_AT] = exit_.vector
+            case UninitializedExit():
+                return errno.EAGAIN
             case InterruptedExit(by_signal=False):
                 return errno.EINTR
             case InterruptedExit():
@@ -128,9 +139,9 @@ class KvmRun:
         _EXIT_REASON.pack_into(memory, _EXIT_REASON_AT, reason)
         return error
 
-    def write_state(self, ready_for_interrupt: bool, if_flag: bool) -> None:
-        """What every exit says besides: whether the guest takes interrupts."""
-        _STATE.pack_into(self.memory, _STATE_AT, ready_for_interrupt, if_flag)
+    def write_state(self, ready_for_interrupt: bool, if_flag: bool, cr8: int, apic_base: int) -> None:
+        """What every exit says besides: whether the guest takes interrupts, and from where."""
+        _STATE.pack_into(self.memory, _STATE_AT, ready_for_interrupt, if_flag, 0, cr8, apic_base)
 
     def close(self) -> None:
         self.memory.close()

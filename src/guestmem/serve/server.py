@@ -91,26 +91,36 @@ class Server:
     def run(self, until: Callable[[], bool]) -> None:
         """Serve until `until()` is true, which is asked after every event. Clients are started before this."""
         _allow_many_descriptors()
-        step, poll, ready = self.scheduler.step, self._poll.poll, self._ready
+        step, poll, ready, timers = self.scheduler.step, self._poll.poll, self._ready, self.scheduler.timers
         views, doubtful = self.files.views, self.files.views.doubtful
         while not until():
             for fd, _ in poll(0) if step() else self._next_events():
                 on_ready = ready.get(fd)
                 if on_ready is not None:
                     on_ready()
+            timers.fire_due()
             if doubtful:
                 self._release_all(views.look_again())
 
     def _next_events(self) -> list[tuple[int, int]]:
-        """What happens next: looked for a while, then slept for."""
-        poll = self._poll.poll
+        """What happens next: looked for a while, then slept for, but not beyond the next timer."""
+        poll, timers = self._poll.poll, self.scheduler.timers
         for look in range(self.looks):
             events = poll(0)
-            if events:
+            if events or timers.fire_due():
                 return events
             if look % _LOOKS_BEFORE_YIELD == 0:
                 os.sched_yield()  # a client may be waiting for this very CPU
-        return poll(self.files.views.nap_ms())
+        select.select([self._poll], [], [], self._nap())  # epoll_wait would round a guest's timer up to milliseconds
+        return poll(0)
+
+    def _nap(self) -> float | None:
+        """Seconds for which nothing is to be looked after; None: as long as nothing arrives."""
+        timers, views_ms = self.scheduler.timers, self.files.views.nap_ms()
+        naps = [] if views_ms is None else [views_ms / 1e3]
+        if timers.next_deadline is not None:
+            naps.append(max(0.0, (timers.next_deadline - timers.now()) / 1e9))
+        return min(naps, default=None)
 
     def stop(self) -> None:
         """Kill what is under way: from now on nothing changes. Idempotent."""

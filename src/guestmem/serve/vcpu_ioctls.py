@@ -11,9 +11,10 @@ import struct
 from collections.abc import Awaitable, Callable
 
 from guestmem.cpu.msrs import TSC_KHZ
-from guestmem.kvm.exits import MemoryFaultExit
+from guestmem.kvm.exits import MemoryFaultExit, UninitializedExit
 from guestmem.kvm.ioctl import encrypt_vcpu, pre_fault
 from guestmem.kvm.vcpu import Vcpu
+from guestmem.kvm.vcpu_msrs import get_msr, set_msr
 from guestmem.serve import vcpu_state
 from guestmem.serve.call import Call, CallFiles, KvmCaller
 from guestmem.serve.cpuid_list import read_cpuid, write_cpuid
@@ -24,7 +25,14 @@ from guestmem.uapi import kvm as uapi
 _MSRS_HEADER = struct.Struct("<II")
 _MSR = struct.Struct("<IIQ")
 _MAX_MSRS = 256
-_MP_STATES = range(10)
+_MP_STATES = (
+    uapi.KVM_MP_STATE_RUNNABLE,
+    uapi.KVM_MP_STATE_UNINITIALIZED,
+    uapi.KVM_MP_STATE_INIT_RECEIVED,
+    uapi.KVM_MP_STATE_HALTED,
+    uapi.KVM_MP_STATE_SIPI_RECEIVED,
+    uapi.KVM_MP_STATE_AP_RESET_HOLD,
+)
 
 
 def _file(call: Call) -> VcpuFile:
@@ -35,11 +43,12 @@ def _file(call: Call) -> VcpuFile:
 def _run_at_once(file: VcpuFile, argument: int) -> bytes | None:
     """KVM_RUN as far as it goes without a task; None if that was not all of it. See Vcpu.run_at_once."""
     vcpu, run = file.vcpu, file.run
-    if argument or run.immediate_exit or run.request_interrupt_window:
+    if argument or run.immediate_exit or run.request_interrupt_window or vcpu.interrupts.window_wanted:
         return None
     if vcpu.unanswered is not None:
         run.answer(vcpu.unanswered)
     vcpu.immediate_exit = False
+    vcpu.interrupts.set_cr8(run.cr8)
     exit_ = vcpu.run_at_once()
     if exit_ is None:
         return None
@@ -56,13 +65,16 @@ async def _run(call: Call, argument: int) -> int:
     vcpu, run = file.vcpu, file.run
     run.answer(vcpu.unanswered)
     vcpu.immediate_exit = run.immediate_exit
-    vcpu_state.cpu(vcpu).request_interrupt_window = run.request_interrupt_window
+    vcpu.interrupts.want_window(run.request_interrupt_window)
+    vcpu.interrupts.set_cr8(run.cr8)
     exit_ = await vcpu.run()
     error = run.write(exit_)
     vcpu_state.write_run_state(run, vcpu)
     if error:
         if isinstance(exit_, MemoryFaultExit):
             raise exit_.refusal
+        if isinstance(exit_, UninitializedExit):
+            raise Refusal(errno.EAGAIN, "run.uninitialized", vcpu=vcpu.number)
         raise Refusal(errno.EINTR, "run.interrupted", vcpu=vcpu.number)
     return 0
 
@@ -97,8 +109,7 @@ async def _set_cpuid2(call: Call, argument: int) -> int:
     table = await read_cpuid(call, argument)
     vcpu = _file(call).vcpu
     async with vcpu.mutex:
-        vcpu.cpuid = table
-        vcpu.engine.set_cpuid(table)
+        vcpu.set_cpuid(table)
     return 0
 
 
@@ -125,7 +136,7 @@ async def _get_msrs(call: Call, argument: int) -> int:
     done = 0
     async with vcpu.mutex:
         for index, _ in asked:
-            value = vcpu_state.cpu(vcpu).get_msr(index)
+            value = get_msr(vcpu, index)
             if value is None:
                 break
             found += _MSR.pack(index, 0, value)
@@ -139,40 +150,57 @@ async def _set_msrs(call: Call, argument: int) -> int:
     vcpu = _file(call).vcpu
     async with vcpu.mutex:
         for done, (index, value) in enumerate(wanted):
-            if not vcpu_state.cpu(vcpu).set_msr(index, value):
+            if not set_msr(vcpu, index, value):
                 return done
     return len(wanted)
 
 
 async def _interrupt(call: Call, argument: int) -> int:
-    """Raises: Refusal EINVAL `interrupt.vector`; ENXIO `interrupt.irqchip` where the controller is in the kernel."""
+    """To the guest at once, or to LINT0 of an APIC in the kernel, as the VMM's 8259A would.
+
+    Raises: Refusal EINVAL `interrupt.vector`; ENXIO `interrupt.irqchip` where the 8259A is in the kernel; EEXIST
+    `interrupt.pending`.
+    """
     (vector,) = struct.unpack("<I", await call.client.memory.copy_from_user(argument, 4))
     vcpu = _file(call).vcpu
     if vector > 255:
         raise Refusal(errno.EINVAL, "interrupt.vector", vector=vector)
-    if vcpu.kvm.irqchip is not None:
-        raise Refusal(errno.ENXIO, "interrupt.irqchip", vector=vector)
     async with vcpu.mutex:
-        vcpu_state.cpu(vcpu).queue_interrupt(vector)
+        if vcpu.kvm.irqchip is None:
+            vcpu_state.cpu(vcpu).queue_interrupt(vector)
+            return 0
+        if vcpu.kvm.irqchip.pic is not None:
+            raise Refusal(errno.ENXIO, "interrupt.irqchip", vector=vector)
+        if vcpu.interrupts.external_vector is not None:
+            raise Refusal(errno.EEXIST, "interrupt.pending", vector=vector)
+        vcpu.interrupts.external_vector = vector
     return 0
 
 
 async def _nmi(call: Call, argument: int) -> int:
     vcpu = _file(call).vcpu
     async with vcpu.mutex:
-        vcpu_state.cpu(vcpu).queue_nmi()
+        vcpu.interrupts.inject_nmi()
     return 0
 
 
 def _get_mp_state(vcpu: Vcpu) -> bytes:
+    """Source: kvm_arch_vcpu_ioctl_get_mpstate."""
+    vcpu.interrupts.accept_start_events()
     return struct.pack("<I", vcpu.mp_state)
 
 
 def _set_mp_state(vcpu: Vcpu, data: bytes) -> None:
+    """SIPI_RECEIVED was a state once: now it is INIT_RECEIVED and a SIPI that waits. Source:
+    kvm_arch_vcpu_ioctl_set_mpstate."""
     (state,) = struct.unpack("<I", data)
-    if state not in _MP_STATES or (state and not vcpu.kvm.apic_in_kernel):
+    lapic = vcpu.lapic
+    if state not in _MP_STATES or (state and lapic is None):
         raise Refusal(errno.EINVAL, "vcpu.mp_state", mp_state=state)
+    if lapic is not None and state == uapi.KVM_MP_STATE_SIPI_RECEIVED:
+        lapic.sipi_pending, state = True, uapi.KVM_MP_STATE_INIT_RECEIVED
     vcpu.mp_state = state
+    vcpu.interrupts.kick()
 
 
 async def _pre_fault(call: Call, argument: int) -> int:
@@ -185,6 +213,15 @@ async def _encrypt(call: Call, argument: int) -> int:
 
 async def _get_tsc_khz(call: Call, argument: int) -> int:
     return TSC_KHZ
+
+
+async def _kvmclock_ctrl(call: Call, argument: int) -> int:
+    """Raises: Refusal EINVAL `kvmclock.off`."""
+    vcpu = _file(call).vcpu
+    async with vcpu.mutex:
+        if not vcpu.clock.pause():
+            raise Refusal(errno.EINVAL, "kvmclock.off", vcpu=vcpu.number)
+    return 0
 
 
 async def _accept(call: Call, argument: int) -> int:
@@ -232,7 +269,7 @@ TABLE = {
     uapi.KVM_PRE_FAULT_MEMORY: _pre_fault,
     uapi.KVM_MEMORY_ENCRYPT_OP: _encrypt,
     uapi.KVM_SET_SIGNAL_MASK: _accept,
-    uapi.KVM_KVMCLOCK_CTRL: _accept,
+    uapi.KVM_KVMCLOCK_CTRL: _kvmclock_ctrl,
     uapi.KVM_SET_TSC_KHZ: _accept,
     uapi.KVM_GET_TSC_KHZ: _get_tsc_khz,
 }

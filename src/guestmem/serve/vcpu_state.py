@@ -11,7 +11,9 @@ from typing import cast
 
 from guestmem.cpu.engine import CpuState
 from guestmem.cpu.registers import DebugRegisters, DescriptorTable, Events, Regs, Segment, Sregs
+from guestmem.kvm.irqchip import lapic_page
 from guestmem.kvm.vcpu import Vcpu
+from guestmem.kvm.vcpu_msrs import APIC_BASE
 from guestmem.serve.kvm_run import KvmRun
 from guestmem.trace import Refusal
 
@@ -24,11 +26,10 @@ _DEBUG = struct.Struct("<4QQQQ72x")
 _EVENTS = struct.Struct("<4BI4B3BxII4BB26xBQ")
 _XCRS = struct.Struct("<II")
 _XCR = struct.Struct("<IIQ")
-_LAPIC_SIZE = 1024
 
 _CR0_PG, _CR4_PAE, _EFER_LME, _EFER_LMA = 1 << 31, 1 << 5, 1 << 8, 1 << 10
 _VALID_PAYLOAD = 1 << 5
-_VALID_SHADOW, _VALID_NMI_PENDING = 1 << 2, 1 << 0
+_VALID_SHADOW, _VALID_SIPI_VECTOR, _VALID_NMI_PENDING = 1 << 2, 1 << 1, 1 << 0
 
 
 def cpu(vcpu: Vcpu) -> CpuState:
@@ -39,7 +40,8 @@ def cpu(vcpu: Vcpu) -> CpuState:
 def write_run_state(run: KvmRun, vcpu: Vcpu) -> None:
     """What every exit says of the vCPU besides its reason."""
     state = cpu(vcpu)
-    run.write_state(state.ready_for_interrupt_injection, state.interrupt_flag)
+    base = vcpu.lapic.base if vcpu.lapic is not None else state.get_msr(APIC_BASE) or 0
+    run.write_state(vcpu.interrupts.ready_for_injection, state.interrupt_flag, state.cr8, base)
 
 
 def get_regs(vcpu: Vcpu) -> bytes:
@@ -58,13 +60,15 @@ def set_regs(vcpu: Vcpu, data: bytes) -> None:
 
 def get_sregs(vcpu: Vcpu) -> bytes:
     s = vcpu.engine.get_sregs()
+    if vcpu.lapic is not None:
+        s.apic_base = vcpu.lapic.base
     segments = b"".join(_pack_segment(getattr(s, name)) for name in _SEGMENTS)
     tables = _TABLE.pack(s.gdt.base, s.gdt.limit & 0xFFFF) + _TABLE.pack(s.idt.base, s.idt.limit & 0xFFFF)
     return segments + tables + _CONTROL.pack(s.cr0, s.cr2, s.cr3, s.cr4, s.cr8, s.efer, s.apic_base)
 
 
 def set_sregs(vcpu: Vcpu, data: bytes) -> None:
-    """Raises: Refusal EINVAL `sregs.invalid`. Source: kvm_is_valid_sregs()."""
+    """Raises: Refusal EINVAL `sregs.invalid`, `sregs.apic_base`. Source: kvm_is_valid_sregs()."""
     segments = {name: _unpack_segment(data, place * _SEGMENT.size) for place, name in enumerate(_SEGMENTS)}
     at = len(_SEGMENTS) * _SEGMENT.size
     gdt, idt = (DescriptorTable(*_TABLE.unpack_from(data, at + place * _TABLE.size)) for place in (0, 1))
@@ -76,6 +80,8 @@ def set_sregs(vcpu: Vcpu, data: bytes) -> None:
         valid = not (efer & _EFER_LMA or cs.l)
     if not valid:
         raise Refusal(errno.EINVAL, "sregs.invalid", cr0=cr0, cr4=cr4, efer=efer, cs_l=cs.l)
+    if vcpu.lapic is not None and not vcpu.lapic.set_base(apic_base, from_guest=False):
+        raise Refusal(errno.EINVAL, "sregs.apic_base", apic_base=apic_base)
     vcpu.engine.set_sregs(Sregs(**segments, gdt=gdt, idt=idt, cr0=cr0, cr2=cr2, cr3=cr3, cr4=cr4, cr8=cr8, efer=efer,
                                 apic_base=apic_base))  # fmt: skip
 
@@ -175,7 +181,7 @@ def get_events(vcpu: Vcpu) -> bytes:
         e.exception_injected, e.exception_nr, e.exception_error_code is not None, e.exception_pending,
         e.exception_error_code or 0,
         e.interrupt_injected, e.interrupt_nr, e.interrupt_soft, e.interrupt_shadow,
-        e.nmi_injected, e.nmi_pending, e.nmi_masked,
+        e.nmi_injected, e.nmi_pending or vcpu.interrupts.nmi_pending, e.nmi_masked,
         0, _VALID_NMI_PENDING | _VALID_SHADOW, 0, 0, 0, 0, 0, 0, 0,
     )  # fmt: skip
 
@@ -184,7 +190,7 @@ def set_events(vcpu: Vcpu, data: bytes) -> None:
     """Raises: Refusal EINVAL `events.invalid`. Source: kvm_vcpu_ioctl_x86_set_vcpu_events."""
     (
         injected, nr, has_code, pending, code, irq, irq_nr, soft, shadow, nmi, nmi_pending, nmi_masked,
-        _sipi, flags, *_smi, has_payload, payload,
+        sipi_vector, flags, *_smi, has_payload, payload,
     ) = _EVENTS.unpack(data)  # fmt: skip
     if (injected or pending) and (nr > 31 or nr == 2):
         raise Refusal(errno.EINVAL, "events.invalid", exception=nr)
@@ -204,16 +210,25 @@ def set_events(vcpu: Vcpu, data: bytes) -> None:
         nmi_masked=bool(nmi_masked),
     )
     cpu(vcpu).set_events(events)
+    if flags & _VALID_NMI_PENDING:
+        vcpu.interrupts.nmi_pending = False
+    if flags & _VALID_SIPI_VECTOR and vcpu.lapic is not None:
+        vcpu.lapic.sipi_vector = sipi_vector & 0xFF
 
 
 def get_lapic(vcpu: Vcpu) -> bytes:
-    """The registers as last set: no APIC is emulated. Raises: Refusal EINVAL `lapic.none` without one in the kernel."""
-    if not vcpu.kvm.apic_in_kernel:
+    """struct kvm_lapic_state. Raises: Refusal EINVAL `lapic.none` without one in the kernel."""
+    lapic, irqchip = vcpu.lapic, vcpu.kvm.irqchip
+    if lapic is None or irqchip is None:
         raise Refusal(errno.EINVAL, "lapic.none", vcpu=vcpu.number)
-    return vcpu.lapic
+    return lapic_page.pack(lapic, irqchip.has_32_bit_ids)
 
 
 def set_lapic(vcpu: Vcpu, data: bytes) -> None:
-    get_lapic(vcpu)
-    assert len(data) == _LAPIC_SIZE
-    vcpu.lapic = data
+    """Raises: Refusal EINVAL `lapic.none`; EINVAL `lapic.id`, of an x2APIC whose ID is another's."""
+    lapic, irqchip = vcpu.lapic, vcpu.kvm.irqchip
+    if lapic is None or irqchip is None:
+        raise Refusal(errno.EINVAL, "lapic.none", vcpu=vcpu.number)
+    if not lapic_page.unpack(lapic, data, irqchip.has_32_bit_ids):
+        raise Refusal(errno.EINVAL, "lapic.id", vcpu=vcpu.number)
+    vcpu.interrupts.give_tpr()

@@ -46,6 +46,7 @@ _IOMMU = "/dev/iommu"
 _IOMMU_MAP = "IOMMU_IOAS_MAP"
 _VFIO = "VFIO device"
 _DMA = "DMA"
+_ROUTING = "KVM_SET_GSI_ROUTING"
 
 _TABLE = (
     # Any ioctl
@@ -296,6 +297,31 @@ _TABLE = (
     Rule("irqchip.protected", ("ENOTTY",), "KVM_CREATE_IRQCHIP", 3, "a TD hides its EOIs", "has_protected_eoi [M]"),
     Rule("irqchip.late", ("EINVAL",), "KVM_CREATE_IRQCHIP", 2, "there are vCPUs already", "kvm_arch_vm_ioctl [M]"),
     Rule("irqchip.none", ("ENXIO",), "KVM_GET_IRQCHIP", 1, "the VM has no interrupt controller", "[M]"),
+    Rule("irqchip.pins", ("EINVAL",), "KVM_CAP_SPLIT_IRQCHIP", 1, "more pins than there can be routes", "x86.c [M]"),
+    Rule("irqchip.split_late", ("EEXIST",), "KVM_CAP_SPLIT_IRQCHIP", 3, "there are vCPUs already", "x86.c [M] [O]"),
+    Rule("x2apic_api.eoi", ("EINVAL",), "KVM_CAP_X2APIC_API", 2, "no IOAPIC of the VMM's, or both flags", "[O]"),
+    Rule("boot_cpu.late", ("EBUSY",), "KVM_SET_BOOT_CPU_ID", 1, "there are vCPUs already", "x86.c [M]"),
+    Rule("pit.no_pic", ("ENOENT",), "KVM_CREATE_PIT2", 2, "there is no 8259A for it to tick at", "x86.c [M]"),
+    Rule("pit.none", ("ENXIO",), "KVM_GET_PIT2", 1, "the VM has no PIT", "kvm_arch_vm_ioctl [M]"),
+    Rule("routing.no_irqchip", ("EINVAL",), _ROUTING, 1, "there is no controller to route to", "kvm_main.c [M]"),
+    Rule("routing.table", ("EINVAL",), _ROUTING, 2, "flags, or more entries than 4096", "kvm_main.c [M]"),
+    Rule("routing.gsi", ("EINVAL",), _ROUTING, 3, "GSIs end at 4095", "kvm_set_irq_routing [M]"),
+    Rule("routing.flags", ("EINVAL",), _ROUTING, 4, "a flag that such a route has not", "kvm_set_irq_routing [M]"),
+    Rule("routing.type", ("EINVAL",), _ROUTING, 5, "no such kind of route here", "kvm_set_routing_entry [M]"),
+    Rule("routing.pin", ("EINVAL",), _ROUTING, 6, "the controller has no such pin", "kvm_set_routing_entry [M]"),
+    Rule("routing.duplicate", ("EINVAL",), _ROUTING, 8, "a GSI twice to one controller", "setup_routing_entry [M]"),
+    Rule("msi.no_irqchip", ("EINVAL",), "KVM_SIGNAL_MSI", 1, "no APIC to take it", "kvm_send_userspace_msi [M]"),
+    Rule("msi.flags", ("EINVAL",), "KVM_SIGNAL_MSI", 2, "flags but VALID_DEVID", "kvm_send_userspace_msi [M]"),
+    Rule("msi.address", ("EINVAL",), "KVM_SIGNAL_MSI", 3, "reserved bits of a 32-bit ID", "kvm_msi_route_invalid [M]"),
+    Rule("msi.nobody", ("EPERM",), "KVM_SIGNAL_MSI", 4, "there is no APIC yet", "kvm_irq_delivery_to_apic's -1 [O]"),
+    Rule("irqfd.flags", ("EINVAL",), "KVM_IRQFD", 1, "unknown flags", "kvm_irqfd [M]"),
+    Rule("irqfd.no_irqchip", ("EINVAL",), "KVM_IRQFD", 2, "no controller that can do it", "kvm_arch_irqfd_allowed [M]"),
+    Rule("irqfd.no_eventfd", ("EINVAL",), "KVM_IRQFD", 4, "the descriptor is no eventfd", "eventfd_ctx_fileget [M]"),
+    Rule("irqfd.exists", ("EBUSY",), "KVM_IRQFD", 5, "the eventfd raises a GSI already", "kvm_irqfd_assign [M]"),
+    Rule("interrupt.pending", ("EEXIST",), "KVM_INTERRUPT", 3, "the last one has not been taken", "x86.c [M]"),
+    Rule("kvmclock.off", ("EINVAL",), "KVM_KVMCLOCK_CTRL", 1, "the guest has no kvmclock", "kvm_set_guest_paused [M]"),
+    Rule("sregs.apic_base", ("EINVAL",), "KVM_SET_SREGS", 2, "an APIC base that cannot be", "kvm_apic_set_base [M]"),
+    Rule("lapic.id", ("EINVAL",), "KVM_SET_LAPIC", 2, "an x2APIC's ID is fixed", "kvm_apic_state_fixup [M]"),
     Rule("lapic.none", ("EINVAL",), "KVM_GET_LAPIC", 1, "the VM has no interrupt controller", "[M]"),
     Rule("ioeventfd.argument", ("EINVAL",), "KVM_IOEVENTFD", 1, "length, flags or range are wrong", "eventfd.c [M]"),
     Rule("ioeventfd.exists", ("EEXIST",), "KVM_IOEVENTFD", 3, "the same is assigned already", "eventfd.c [M]"),
@@ -402,6 +428,7 @@ _TABLE = (
     Rule("populate.not_gmem", ("EINVAL",), "populate", 2, "the frame is in no guest_memfd slot", "[M]"),
     Rule("populate.interrupted", ("EINTR",), "populate", 3, "a signal came before the first page", "[M]"),
     Rule("populate.shared", ("EINVAL",), "populate", 4, "only private pages are populated", "e4ee54479273 [M]"),
+    Rule("run.uninitialized", ("EAGAIN",), "KVM_RUN", 11, "INIT came: run again, for SIPI", "x86.c [M]"),
     Rule("run.interrupted", ("EINTR",), "KVM_RUN", 0, "immediate_exit is set, or a signal is pending", "[M]"),
     Rule("vcpu.number", ("EINVAL",), "KVM_CREATE_VCPU", 0, "the number is too large", "kvm_vm_ioctl_create_vcpu [M]"),
     Rule("vcpu.td_state", ("EIO",), "KVM_CREATE_VCPU", 2, "not between TDX_INIT_VM and FINALIZE_VM", "tdx_vcpu_create"),
