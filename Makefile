@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test check lint types contracts unit peer bench guests clean
+.PHONY: demo test check lint types contracts unit peer vmms vmms-all bench guests clean
 
 # Debian ships venv without ensurepip; the package that has it is installed where that is possible.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard src/guestmem/native/*.[ch])
@@ -45,6 +45,13 @@ unit: $(VENV)/.installed
 peer: $(VENV)/.installed
 	$(BIN)/python -m tests.peer.build || test $$? -eq 4
 	$(BIN)/python -m tests.peer.run
+
+# Real VMMs boot Debian's kernel under `guestmem run`: a few rows of the table, or all of it, which takes an hour or two.
+vmms: $(VENV)/.installed
+	$(BIN)/python -m tests.vmms
+
+vmms-all: $(VENV)/.installed
+	$(BIN)/python -m tests.vmms --all
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

@@ -11,7 +11,7 @@ import pytest
 
 from tests.serve.conftest import SECONDS, Done
 
-NATIVE = ("gmem_v618", "misuse", "machine", "interrupts")
+NATIVE = ("gmem_v618", "misuse", "machine", "interrupts", "startup")
 PROTECTED = ("snp", "snp_ap", "tdx")
 OURS = (
     ("gmem_v618", "v6.18"),
@@ -24,6 +24,8 @@ OURS = (
     ("machine", "future"),
     ("interrupts", "v6.18"),
     ("interrupts", "future"),
+    ("startup", "v6.18"),
+    ("startup", "future"),
     ("borders", "future"),
     ("links", "future"),
     ("snp", "future"),

@@ -53,7 +53,8 @@ def test_what_cannot_be_run_says_why(arguments: list[str], code: int, says: str,
 def test_explain_names_calls_rules_and_numbers(build: Callable[[str], Path], guestmem: Guestmem) -> None:
     done = guestmem("--abi", "v6.18", "--explain", "--", build("misuse"))
     assert "KVM_CREATE_GUEST_MEMFD -> EINVAL [create.size] size 0" in done.stderr
-    assert "KVM_RUN on VM" in done.stderr
+    assert "KVM_RUN -> ENOTTY [ioctl.wrong_file] on VM, of vCPU" in done.stderr
+    assert "not served" not in done.stderr
     assert "not ok" not in done.stdout
 
 

@@ -98,10 +98,14 @@ STATISTICS: dict[type, frozenset[str]] = {
 """Counted, and read by `statistics()` or by nobody."""
 
 DERIVED: dict[type, frozenset[str]] = {
+    Kvm: frozenset(  # what only a served guest or its VMM can tell
+        {"default_tsc_khz", "exception_payload", "max_vcpu_ids", "msr_filter", "triple_fault_event", "user_space_msrs"}
+    ),
     Lock: frozenset({"owner"}),  # a lock is among what its holder holds
     RwLock: frozenset({"_waiting_writers"}),  # asked under fifo only
     ScriptedEngine: frozenset({"_regs", "_sregs"}),  # a script does not use them
     Telling: frozenset({"_section"}),  # its reader is listed by the Srcu
+    Vcpu: frozenset({"machine_check", "msr_stops", "triple_fault"}),
     Vmemmap: frozenset({"optimised", "restored"}),  # counted, and read for the text of the counters
 }
 """Said elsewhere, or without effect on an explored machine."""

@@ -112,7 +112,7 @@ class CompiledEngine:
             return Stage2Miss(access.gpa, isinstance(access, Store), private=access.private)
         return stop
 
-    def set_stop_msrs(self, ranges: tuple[range, ...]) -> None:
+    def set_stop_msrs(self, ranges: tuple[range, ...], unknown: bool = False) -> None:
         """A script has no RDMSR."""
 
     def emulate_mmio(self, gpa: int, write: bool) -> Stop:

@@ -13,7 +13,7 @@ from typing import Annotated, TextIO
 import typer
 
 from guestmem.cli.huge_pages import page_counts, policy_of, shortages
-from guestmem.cli.run_report import print_report
+from guestmem.cli.run_report import print_absences, print_report
 from guestmem.memory.host_pages import more_host_pages
 from guestmem.serve import launch
 from guestmem.serve.seccomp.elf import is_static
@@ -82,6 +82,8 @@ def run(
         if trace is not None:
             _trace(server, stack.enter_context(trace.open("w")), json=trace.suffix.startswith(".json"))
         status = _launch(server, [path, *command[1:]], transport)
+    if status > 0:
+        print_absences(server.report, Path(path).name)
     if explain or server.report.bugs:
         print_report(server.report)
     _end_as(status)

@@ -11,8 +11,10 @@ from rich.text import Text
 from guestmem.memory import PAGE_SIZE, InodeStatistics
 from guestmem.serve.ioctl_names import ioctl_name
 from guestmem.serve.report import Report
+from guestmem.uapi.capability_names import capability_name
 
 _SHOWN = 12
+_ABSENCES = 3
 _WIDTH = 120
 
 
@@ -28,6 +30,10 @@ def print_report(report: Report) -> None:
         console.print(Text("not served", style="bold"))
         for (on, request), count in report.unknown.most_common():
             console.print(Text(f"  {count:>6} x {ioctl_name(request)} on {on}"))
+    if report.absent_capabilities:
+        names = ", ".join(capability_name(number) for number in report.absent_capabilities)
+        console.print(Text("capabilities that are not there", style="bold"))
+        console.print(Text(f"  {names}"))
     if report.memory:
         console.print(_memory(report))
     if huge := [memory for memory in report.memory if memory.order]:
@@ -43,6 +49,14 @@ def print_report(report: Report) -> None:
         console.print(Text(note))
     for bug in report.bugs:
         console.print(Text(f"a bug of guestmem; the client got EIO\n{bug}", style="red"))
+
+
+def print_absences(report: Report, program: str) -> None:
+    """For a program that has failed: what it was told last, if that was shortly before its end."""
+    absent = report.absences.at_the_end()[:_ABSENCES]
+    if absent:
+        print(f"guestmem run: {program} failed shortly after these answers:", file=sys.stderr)
+        print(*(f"  {what}" for what in absent), sep="\n", file=sys.stderr)
 
 
 def _calls(report: Report) -> Table:

@@ -125,7 +125,7 @@ class MmioRead:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReadMsr:
-    """RDMSR of a register that `set_stop_msrs` names. At the instruction: `complete(value)` executes it,
+    """RDMSR of a register at which `set_stop_msrs` has it stop. At the instruction: `complete(value)` executes it,
     `raise_exception` ends it, run without either repeats it."""
 
     index: int
@@ -133,10 +133,21 @@ class ReadMsr:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WriteMsr:
-    """WRMSR of a register that `set_stop_msrs` names. As ReadMsr; what `complete` is given is ignored."""
+    """WRMSR of a register at which `set_stop_msrs` has it stop. As ReadMsr; what `complete` is given is ignored."""
 
     index: int
     value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Debug:
+    """What `set_guest_debug` asked for. `vector` is 1 (#DB: a step, or a breakpoint of a debug register, which `dr6`
+    tells apart) or 3 (INT3, at the instruction). Run again to go on."""
+
+    vector: int
+    rip: int
+    dr6: int
+    dr7: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -230,6 +241,7 @@ Stop: TypeAlias = (
     | MmioRead
     | ReadMsr
     | WriteMsr
+    | Debug
     | Halt
     | Hypercall
     | Pvalidate
@@ -282,8 +294,9 @@ class Engine(Protocol):
 
     def set_cpuid(self, table: CpuidTable) -> None: ...
 
-    def set_stop_msrs(self, ranges: tuple[range, ...]) -> None:
-        """MSRs that are not the engine's: the guest's RDMSR and WRMSR are stops. None are at first."""
+    def set_stop_msrs(self, ranges: tuple[range, ...], unknown: bool = False) -> None:
+        """MSRs that are not the engine's: the guest's RDMSR and WRMSR are stops. None are at first. With `unknown` also
+        those of which the engine knows nothing, which are #GP else."""
         ...
 
     def get_regs(self) -> Regs: ...
@@ -331,6 +344,10 @@ class CpuState(Protocol):
 
     def set_debug_registers(self, registers: DebugRegisters) -> None:
         """State only: a breakpoint hits once the guest itself has loaded DR7. Raises: ValueError, as KVM has EINVAL."""
+        ...
+
+    def set_guest_debug(self, control: int, registers: tuple[int, ...]) -> None:
+        """struct kvm_guest_debug: KVM_GUESTDBG_* bits, and DR0 to DR7 as the VMM has them instead of the guest."""
         ...
 
     def get_msr(self, index: int) -> int | None:

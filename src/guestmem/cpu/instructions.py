@@ -37,6 +37,7 @@ class Instructions:
     def __init__(self, core: Core, tlb: Tlb) -> None:
         self._core, self._tlb = core, tlb
         self.stop_msrs: tuple[range, ...] = ()
+        self.stop_unknown_msrs = False
         self._stopped_length = 0
         self.msrs = Msrs(core.handle, core.cpu, tlb.page_bit)
         for instruction, callback in (
@@ -78,7 +79,7 @@ class Instructions:
         while code[-2] != _TWO_BYTES:
             code += self._tlb.code_bytes(place + len(code), 1)
         index = env.regs[_RCX] & _MASK_32
-        if any(index in range_ for range_ in self.stop_msrs):
+        if self._stops_at(index):
             self._stopped_length = len(code)
             written = env.regs[_RAX] & _MASK_32 | (env.regs[_RDX] & _MASK_32) << 32
             return ReadMsr(index) if code[-1] == _RDMSR else WriteMsr(index, written)
@@ -91,6 +92,11 @@ class Instructions:
             return Event(GP)
         self._move_past(len(code))
         return None
+
+    def _stops_at(self, index: int) -> bool:
+        if self.stop_unknown_msrs and self.msrs.get(index) is None:
+            return True
+        return any(index in range_ for range_ in self.stop_msrs)
 
     def finish_msr(self, stop: ReadMsr | WriteMsr, value: int) -> None:
         """What was stopped at, with the answer."""

@@ -125,7 +125,7 @@ class ScriptedEngine:
     def set_cpuid(self, table: CpuidTable) -> None:
         """A script has no CPUID instruction."""
 
-    def set_stop_msrs(self, ranges: tuple[range, ...]) -> None:
+    def set_stop_msrs(self, ranges: tuple[range, ...], unknown: bool = False) -> None:
         """Nor RDMSR."""
 
     def get_regs(self) -> Regs:

@@ -121,9 +121,10 @@ class UnicornEngine(UnicornState):
         self._vcpu.instructions.msrs.cpuid = dict(table)
         self._vcpu.tlb.set_physical_bits(cpuid.physical_bits(table))
 
-    def set_stop_msrs(self, ranges: tuple[range, ...]) -> None:
+    def set_stop_msrs(self, ranges: tuple[range, ...], unknown: bool = False) -> None:
         self._check_open()
         self._vcpu.instructions.stop_msrs = ranges
+        self._vcpu.instructions.stop_unknown_msrs = unknown
 
     def get_regs(self) -> Regs:
         """The general registers. At a stop that repeats its instruction, those before the instruction."""

@@ -95,6 +95,30 @@ class InternalErrorExit:
 
 
 @dataclasses.dataclass(slots=True)
+class MsrExit:
+    """KVM_EXIT_X86_RDMSR or, if `is_write`, KVM_EXIT_X86_WRMSR. `data` is what was written, or is to be filled in.
+
+    `reason` is one of KVM_MSR_EXIT_REASON_*. With `error` filled in the guest gets #GP.
+    """
+
+    index: int
+    is_write: bool
+    reason: int
+    data: int = 0
+    error: bool = False
+
+
+@dataclasses.dataclass(slots=True)
+class DebugExit:
+    """KVM_EXIT_DEBUG: what KVM_SET_GUEST_DEBUG asked for has happened. `exception` is #DB (1) or #BP (3)."""
+
+    exception: int
+    pc: int
+    dr6: int
+    dr7: int
+
+
+@dataclasses.dataclass(slots=True)
 class IoapicEoiExit:
     """KVM_EXIT_IOAPIC_EOI: the guest has ended the level-triggered interrupt `vector`, of the VMM's IOAPIC."""
 
@@ -124,6 +148,8 @@ Exit: TypeAlias = (
     | FailEntryExit
     | SystemEventExit
     | InternalErrorExit
+    | MsrExit
+    | DebugExit
     | IoapicEoiExit
     | UninitializedExit
     | InterruptedExit

@@ -198,7 +198,7 @@ VmIoctl: TypeAlias = Callable[[Caller, Kvm, int], Awaitable[int]]
 async def _memory_encrypt_op(caller: Caller, kvm: Kvm, argument: int) -> int:
     op = _ENCRYPT_OPS.get(kvm.vm_type)
     if op is None:
-        raise Refusal(errno.ENOTTY, "ioctl.unknown", request=uapi.KVM_MEMORY_ENCRYPT_OP, on="VM")
+        raise Refusal(errno.ENOTTY, "ioctl.vm_type", on="VM", type=kvm.vm_type.name)
     return await op(kvm, caller.mm, argument)
 
 
@@ -206,7 +206,7 @@ async def encrypt_vcpu(caller: Caller, vcpu: Vcpu, argument: int) -> int:
     """KVM_MEMORY_ENCRYPT_OP on a vCPU: only TDX has that. Source: kvm_arch_vcpu_ioctl, vcpu_mem_enc_ioctl."""
     op = _VCPU_ENCRYPT_OPS.get(vcpu.kvm.vm_type)
     if op is None:
-        raise Refusal(errno.ENOTTY, "ioctl.unknown", request=uapi.KVM_MEMORY_ENCRYPT_OP, on="vCPU")
+        raise Refusal(errno.ENOTTY, "ioctl.vm_type", on="vCPU", type=vcpu.kvm.vm_type.name)
     return await op(vcpu, caller.mm, argument)
 
 

@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 
 from guestmem.cpu import engine as cpu
 from guestmem.cpu.engine import Engine
+from guestmem.kvm import msr_access
 from guestmem.kvm.addresses import gfn_of
 from guestmem.kvm.exits import (
+    DebugExit,
     Exit,
     FailEntryExit,
     HltExit,
@@ -27,6 +29,7 @@ from guestmem.kvm.exits import (
     IrqWindowOpenExit,
     MemoryFaultExit,
     MmioExit,
+    MsrExit,
     ShutdownExit,
     UninitializedExit,
 )
@@ -37,11 +40,12 @@ from guestmem.kvm.irqchip.ioapic import IoApic
 from guestmem.kvm.irqchip.lapic import Lapic
 from guestmem.kvm.irqchip.lapic_registers import TPR
 from guestmem.kvm.kvmclock import VcpuClock
+from guestmem.kvm.mce import MachineCheck
 from guestmem.kvm.mmu import FaultResult, page_fault
 from guestmem.kvm.protected import guest_instructions
 from guestmem.kvm.protected.guest_mode import GuestMode
 from guestmem.kvm.vcpu_interrupts import VcpuInterrupts
-from guestmem.kvm.vcpu_msrs import get_msr, set_msr, stops
+from guestmem.kvm.vcpu_msrs import stops
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access
 from guestmem.sched import Lock, LockClass, Operation, RefCount, park
@@ -60,7 +64,6 @@ from guestmem.uapi.kvm import (
 
 _MEMORY_FAULTS = (errno.EFAULT, EHWPOISON)
 _U64 = 1 << 64
-_GP = 13
 _PHYSICAL = (1 << MAX_PHYSICAL_ADDRESS_BITS) - 1
 _CPUID_X2APIC, _CPUID_TSC_DEADLINE = 1 << 21, 1 << 24
 _DEVICES_IN_A_ROW = 32
@@ -83,7 +86,7 @@ class Vcpu:
         self.immediate_exit = False
         self.exits = 0
         self.references = RefCount(kvm.scheduler, f"vcpu {number} vm {kvm.number}")
-        self.unanswered: IoExit | MmioExit | HypercallExit | None = None
+        self.unanswered: IoExit | MmioExit | HypercallExit | MsrExit | None = None
         self.forwarded = False  # `unanswered` is a guest's call that was forwarded: `GuestMode.calls` completes it
         self._begun: cpu.Stop | None = None  # what `run_at_once` met and left
         self.mp_state = KVM_MP_STATE_RUNNABLE
@@ -92,8 +95,11 @@ class Vcpu:
         self.interrupts = VcpuInterrupts(self)
         self.clock = VcpuClock(self)
         self._devices_in_a_row = 0
+        self.machine_check = MachineCheck()
+        self.triple_fault = False  # KVM_REQ_TRIPLE_FAULT
         self._create_lapic()
-        engine.set_stop_msrs(stops(self))
+        self.msr_stops = stops(self)
+        msr_access.update_stops(self)
         kvm.get()
 
     @property
@@ -194,6 +200,9 @@ class Vcpu:
             if self.kvm.scheduler.signal_pending:
                 return InterruptedExit(by_signal=True)
             self.kvm.check_alive()
+            if self.triple_fault:
+                self.triple_fault = False
+                return ShutdownExit()
             stop: cpu.Stop | FailEntryExit | None
             stop, self._begun = self._begun, None
             if stop is None:  # else it has run already, and what it met comes before anything new
@@ -251,6 +260,8 @@ class Vcpu:
         pending, self.unanswered = self.unanswered, None
         if isinstance(pending, HypercallExit):
             self.engine.complete(pending.ret % _U64)
+        elif isinstance(pending, MsrExit):
+            msr_access.answered(self, pending)
         elif pending is not None:
             self.engine.complete(pending.data)
 
@@ -282,8 +293,9 @@ class Vcpu:
                     return None
                 return self._wait_for_answer(MmioExit(stop.gpa, stop.size, False))
             case cpu.ReadMsr() | cpu.WriteMsr():
-                self._access_msr(stop)
-                return None
+                return self._wait_for_msr(msr_access.access(self, stop))
+            case cpu.Debug():
+                return DebugExit(stop.vector, stop.rip, stop.dr6, stop.dr7)
             case cpu.Hypercall():
                 return self._hypercall(stop)
             case cpu.Pvalidate() | cpu.Rmpadjust():
@@ -393,15 +405,10 @@ class Vcpu:
             return ioapic, gpa - ioapic.base
         return None, 0
 
-    def _access_msr(self, stop: cpu.ReadMsr | cpu.WriteMsr) -> None:
-        if isinstance(stop, cpu.ReadMsr):
-            value = get_msr(self, stop.index)
-        else:
-            value = 0 if set_msr(self, stop.index, stop.value, from_guest=True) else None
-        if value is None:
-            self.engine.raise_exception(_GP, 0)
-        else:
-            self.engine.complete(value)
+    def _wait_for_msr(self, exit_: MsrExit | None) -> MsrExit | None:
+        if exit_ is not None:
+            self.unanswered = exit_
+        return exit_
 
     async def _page_fault(self, stop: cpu.Stage2Miss) -> Exit | None:
         kvm = self.kvm

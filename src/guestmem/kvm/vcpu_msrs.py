@@ -1,4 +1,4 @@
-"""The MSRs of a vCPU that are KVM's and not the engine's: those of the local APIC, and kvmclock's.
+"""The MSRs of a vCPU that are KVM's and not the engine's: those of the local APIC, kvmclock's, machine checks'.
 
 The engine stops at them (`STOPS`), and comes here; so do KVM_GET_MSRS and KVM_SET_MSRS. All others are the engine's.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from guestmem.cpu.engine import CpuState
-from guestmem.kvm import kvmclock
+from guestmem.kvm import kvmclock, mce
 from guestmem.kvm.irqchip import lapic_registers
 
 if TYPE_CHECKING:
@@ -26,12 +26,19 @@ _TSC_AND_TIMERS = frozenset((TSC, TSC_ADJUST))
 
 def stops(vcpu: Vcpu) -> tuple[range, ...]:
     """What the engine of `vcpu` is to stop at."""
-    return CLOCK_STOPS if vcpu.lapic is None else CLOCK_STOPS + APIC_STOPS
+    return mce.STOPS + (CLOCK_STOPS if vcpu.lapic is None else CLOCK_STOPS + APIC_STOPS)
 
 
-def get_msr(vcpu: Vcpu, index: int) -> int | None:
+def is_known(vcpu: Vcpu, index: int) -> bool:
+    """Whether there is such a register, if only one that refuses this access."""
+    return any(index in range_ for range_ in stops(vcpu)) or cast(CpuState, vcpu.engine).get_msr(index) is not None
+
+
+def get_msr(vcpu: Vcpu, index: int, from_guest: bool = False) -> int | None:
     """None if there is no such register, or it cannot be read now."""
     lapic = vcpu.lapic
+    if vcpu.machine_check.has(index):
+        return vcpu.machine_check.get(index, from_guest)
     if index in kvmclock.MSRS:
         return vcpu.clock.read(index)
     if lapic is None:
@@ -49,6 +56,8 @@ def get_msr(vcpu: Vcpu, index: int) -> int | None:
 def set_msr(vcpu: Vcpu, index: int, value: int, from_guest: bool = False) -> bool:
     """False if there is no such register, or it does not take the value."""
     lapic = vcpu.lapic
+    if vcpu.machine_check.has(index):
+        return vcpu.machine_check.set(index, value, from_guest)
     if index in kvmclock.MSRS:
         vcpu.clock.write(index, value)
         return True

@@ -18,12 +18,13 @@ from guestmem.kvm.identity import IdentityPool, VirtualMachine
 from guestmem.kvm.irqchip import IrqChip
 from guestmem.kvm.kvmclock import KvmClock
 from guestmem.kvm.memslots import MemorySlot, SlotTable
+from guestmem.kvm.msr_filter import MsrFilter
 from guestmem.kvm.stage2 import Stage2
 from guestmem.memory import PAGE_SHIFT, Access, Inode, Pfn, Range
 from guestmem.memory.attributes import Attributes
 from guestmem.sched import Lock, LockClass, RefCount, Scheduler, Srcu, Task, WaitQueue
 from guestmem.trace import Refusal, Tracer
-from guestmem.uapi.kvm import KVM_MEMORY_ATTRIBUTE_PRIVATE, MAX_PHYSICAL_ADDRESS_BITS, VmType
+from guestmem.uapi.kvm import KVM_MAX_VCPU_IDS, KVM_MEMORY_ATTRIBUTE_PRIVATE, MAX_PHYSICAL_ADDRESS_BITS, VmType
 from guestmem.uapi.levels import AbiLevel
 
 if TYPE_CHECKING:
@@ -153,6 +154,11 @@ class Kvm:
         self.io_devices: list[IoDevice] = []
         self.irqchip: IrqChip | None = None  # KVM_CREATE_IRQCHIP, KVM_CAP_SPLIT_IRQCHIP
         self.x2apic_api = 0  # KVM_CAP_X2APIC_API's flags
+        self.msr_filter = MsrFilter()
+        self.user_space_msrs = 0  # KVM_CAP_X86_USER_SPACE_MSR: KVM_MSR_EXIT_REASON_* that are exits
+        self.exception_payload = self.triple_fault_event = False  # capabilities that KVM_SET_VCPU_EVENTS goes by
+        self.max_vcpu_ids = KVM_MAX_VCPU_IDS
+        self.default_tsc_khz = 0  # KVM_SET_TSC_KHZ of the VM; 0 is the host's
         self.bsp_vcpu_id = 0  # KVM_SET_BOOT_CPU_ID
         self.clock = KvmClock(scheduler.timers)
         self.references = RefCount(scheduler, f"kvm {number}")

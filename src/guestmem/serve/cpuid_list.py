@@ -12,6 +12,10 @@ from guestmem.trace import Refusal
 _HEADER = struct.Struct("<II")  # nent, padding
 _ENTRY = struct.Struct("<IIIIIII12x")  # function, index, flags, eax, ebx, ecx, edx
 _SIGNIFICANT_INDEX = 1
+_INDEXED = frozenset(
+    (4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1D, 0x1E, 0x1F, 0x24, 0x8000_001D, 0x8000_0026)
+)
+"""Leaves in which ECX means something. Source: cpuid_function_is_indexed."""
 _MAX_ENTRIES = 256
 
 
@@ -21,9 +25,8 @@ async def write_cpuid(call: Call, argument: int, table: CpuidTable) -> None:
     room, _ = _HEADER.unpack(await memory.copy_from_user(argument, _HEADER.size))
     if room < len(table):
         raise Refusal(errno.E2BIG, "list.too_small", room=room, needed=len(table))
-    indexed = {leaf for leaf, index in table if index}
     entries = b"".join(
-        _ENTRY.pack(leaf, index, _SIGNIFICANT_INDEX if leaf in indexed else 0, *registers)
+        _ENTRY.pack(leaf, index, _SIGNIFICANT_INDEX if leaf in _INDEXED else 0, *registers)
         for (leaf, index), registers in table.items()
     )
     await memory.copy_to_user(argument, _HEADER.pack(len(table), 0))

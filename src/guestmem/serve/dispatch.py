@@ -10,19 +10,20 @@ Source: virt/kvm/kvm_main.c kvm_dev_ioctl, kvm_vm_ioctl, kvm_vcpu_ioctl; golden_
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from guestmem.iommu import ioctl as iommu_ioctl
 from guestmem.kvm.ioctl import gmem_ioctl
 from guestmem.kvm.vm import Kvm
-from guestmem.serve import system_ioctls, vcpu_ioctls, vm_ioctls
+from guestmem.serve import kvm_devices, system_ioctls, vcpu_ioctls, vm_ioctls
 from guestmem.serve.call import Call
-from guestmem.serve.files import GmemFile, IommuFile, KvmDevice, VcpuFile, VfioFile, VmFile
+from guestmem.serve.files import GmemFile, IommuFile, KvmDevice, KvmVfioFile, VcpuFile, VfioFile, VmFile
 from guestmem.serve.gup_test import GupTest
 from guestmem.serve.iommu_caller import IommuCaller
 from guestmem.serve.liveupdate import LiveUpdateFile, SessionFile
 from guestmem.trace import Refusal
+from guestmem.uapi import kvm as uapi
 
 IoctlHandler: TypeAlias = Callable[[Call, int], Awaitable[int]]
 Table: TypeAlias = Mapping[int, IoctlHandler]
@@ -32,7 +33,26 @@ _UNKNOWN = {"/dev/kvm": errno.EINVAL, "VM": errno.ENOTTY, "vCPU": errno.EINVAL}
 
 
 async def ioctl(call: Call) -> int:
-    """The wire's IOCTL. Raises: Refusal `ioctl.unknown`, `ioctl.other_mm`; what the handler refuses."""
+    """The wire's IOCTL. Raises: Refusal `ioctl.unknown`, `ioctl.wrong_file`, `ioctl.other_mm`; what the handler
+    refuses."""
+    try:
+        return await _ioctl(call)
+    except Refusal as refusal:
+        homes = _HOMES.get(call.request.a & 0xFFFF_FFFF)
+        if refusal.rule != "ioctl.unknown" or homes is None or refusal.facts.get("on") in homes:
+            raise
+        raise _wrong_file(refusal, homes) from None
+
+
+def _wrong_file(refusal: Refusal, homes: Sequence[str]) -> Refusal:
+    """The program's mistake, then, and nothing that is lacking."""
+    on, of = refusal.facts.get("on"), " or ".join(homes)
+    if refusal.errno == errno.ENOTTY:
+        return Refusal(errno.ENOTTY, "ioctl.wrong_file", on=on, of=of)
+    return Refusal(errno.EINVAL, "ioctl.wrong_file", on=on, of=of)
+
+
+async def _ioctl(call: Call) -> int:
     request, argument = call.request.a & 0xFFFF_FFFF, call.request.b
     call.begin_ioctl(request >> 16 & 0x3FFF, request >> 30)
     file = call.file
@@ -45,6 +65,8 @@ async def ioctl(call: Call) -> int:
         case VcpuFile():
             _check_owner(call, file.vcpu.kvm)
             return await _look_up(vcpu_ioctls.TABLE, request, "vCPU")(call, argument)
+        case KvmVfioFile():
+            return await kvm_devices.ioctl(call, file, request, argument)
         case GmemFile():
             return await gmem_ioctl(call.client.memory, file.file, request, argument)
         case IommuFile():
@@ -66,6 +88,19 @@ def _look_up(table: Table, request: int, on: str) -> IoctlHandler:
     if handler is None:
         raise Refusal(_UNKNOWN[on], "ioctl.unknown", request=request, on=on)
     return handler
+
+
+_OF_A_GMEM = (uapi.KVM_SET_MEMORY_ATTRIBUTES2, uapi.KVM_GMEM_CONVERT_SHARED, uapi.KVM_GMEM_CONVERT_PRIVATE)
+_HOMES: dict[int, list[str]] = {}
+"""Which kinds of file an ioctl belongs to."""
+for _on, _table in (
+    ("/dev/kvm", system_ioctls.TABLE),
+    ("VM", vm_ioctls.TABLE),
+    ("vCPU", vcpu_ioctls.TABLE),
+    ("guest_memfd", _OF_A_GMEM),
+):
+    for _request in _table:
+        _HOMES.setdefault(_request, []).append(_on)
 
 
 def _check_owner(call: Call, kvm: Kvm) -> None:

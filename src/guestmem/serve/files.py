@@ -60,12 +60,29 @@ class VmFile(ServedFile):
         super().__init__(owner)
         self.kvm = kvm
         self.ring = CoalescedRing()
+        self.has_vfio_device = False
         self.irqfds = IrqFds()
 
     async def release(self) -> None:
         assert self.owner is not None
         self.irqfds.close(self.owner.server)
         await self.kvm.put()
+
+
+class KvmVfioFile(ServedFile):
+    """The VFIO device of a VM (KVM_CREATE_DEVICE). `vfio_files`: inode numbers of the device files it was told of."""
+
+    kind = FileKind.KVM_DEVICE
+
+    def __init__(self, owner: Client, vm: VmFile) -> None:
+        super().__init__(owner)
+        self._vm = vm
+        self.vfio_files: set[int] = set()
+
+    async def release(self) -> None:
+        """Like a vCPU it holds the VM."""
+        self._vm.has_vfio_device = False
+        await self._vm.kvm.put()
 
 
 class VcpuFile(ServedFile):

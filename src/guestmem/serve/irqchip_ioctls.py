@@ -92,10 +92,12 @@ def _check_no_irqchip(kvm: Kvm) -> None:
 
 
 async def _set_boot_cpu_id(call: Call, number: int) -> int:
-    """Raises: Refusal EBUSY `boot_cpu.late`."""
+    """Raises: Refusal EBUSY `boot_cpu.late`; EINVAL `vcpu.number`."""
     kvm = _kvm(call)
     if kvm.created_vcpus:
         raise Refusal(errno.EBUSY, "boot_cpu.late", vcpus=kvm.created_vcpus)
+    if number >= kvm.max_vcpu_ids:
+        raise Refusal(errno.EINVAL, "vcpu.number", vcpu=number, limit=kvm.max_vcpu_ids)
     kvm.bsp_vcpu_id = number
     return 0
 

@@ -12,6 +12,7 @@ import os
 import struct
 
 from guestmem.kvm.exits import (
+    DebugExit,
     Exit,
     FailEntryExit,
     HltExit,
@@ -23,6 +24,7 @@ from guestmem.kvm.exits import (
     IrqWindowOpenExit,
     MemoryFaultExit,
     MmioExit,
+    MsrExit,
     ShutdownExit,
     SystemEventExit,
     UninitializedExit,
@@ -35,7 +37,7 @@ IO_DATA_OFFSET = mmap.PAGESIZE
 
 EXIT_IO, EXIT_HYPERCALL, EXIT_HLT, EXIT_MMIO, EXIT_IRQ_WINDOW_OPEN, EXIT_SHUTDOWN = 2, 3, 5, 6, 7, 8
 EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR, EXIT_SYSTEM_EVENT, EXIT_IOAPIC_EOI = 9, 10, 17, 24, 26
-EXIT_MEMORY_FAULT = 39
+EXIT_MEMORY_FAULT, EXIT_DEBUG, EXIT_RDMSR, EXIT_WRMSR = 39, 4, 29, 30
 INTERNAL_ERROR_EMULATION = 1
 _ENTRY_FAILED = (1 << 64) - 1  # SVM_EXIT_ERR
 _IO_OUT = 1
@@ -54,6 +56,8 @@ _MEMORY_FAULT = struct.Struct("<QQQ")  # flags, gpa, size
 _FAIL_ENTRY = struct.Struct("<QI")  # hardware_entry_failure_reason, cpu
 _SYSTEM_EVENT = struct.Struct("<II16Q")  # type, ndata, data
 _INTERNAL = struct.Struct("<II16Q")  # suberror, ndata, data
+_MSR = struct.Struct("<B7xIIQ")  # error, reason, index, data
+_DEBUG = struct.Struct("<I4xQQQ")  # exception, pc, dr6, dr7
 _STATE = struct.Struct("<BBHQQ")  # ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
 _STATE_AT, _CR8_AT = 12, 16
 
@@ -88,6 +92,9 @@ class KvmRun:
                 exit_.data = int.from_bytes(self.memory[_MMIO_DATA][: exit_.size], "little")
             case HypercallExit():
                 (exit_.ret,) = _HYPERCALL_RET.unpack_from(self.memory, _HYPERCALL_RET_AT)
+            case MsrExit():
+                error, _, _, exit_.data = _MSR.unpack_from(self.memory, _UNION_AT)
+                exit_.error = bool(error)
 
     def write(self, exit_: Exit) -> int:
         """Say why KVM_RUN came back; the errno that it fails with, 0 for success."""
@@ -127,6 +134,12 @@ class KvmRun:
             case InternalErrorExit():
                 reason, error = EXIT_INTERNAL_ERROR, 0
                 _INTERNAL.pack_into(memory, _UNION_AT, INTERNAL_ERROR_EMULATION, 0, *(0,) * 16)
+            case MsrExit():
+                reason, error = EXIT_WRMSR if exit_.is_write else EXIT_RDMSR, 0
+                _MSR.pack_into(memory, _UNION_AT, 0, exit_.reason, exit_.index, exit_.data)
+            case DebugExit():
+                reason, error = EXIT_DEBUG, 0
+                _DEBUG.pack_into(memory, _UNION_AT, exit_.exception, exit_.pc, exit_.dr6, exit_.dr7)
             case IoapicEoiExit():
                 reason, error = EXIT_IOAPIC_EOI, 0
                 memory[_UNION_AT] = exit_.vector

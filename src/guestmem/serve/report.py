@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from guestmem.iommu.device import DeviceStatistics
 from guestmem.memory import InodeStatistics
+from guestmem.serve.absences import Absences
 from guestmem.serve.files import GmemFile, ServedFile, VfioFile
 from guestmem.serve.ioctl_names import ioctl_name
 from guestmem.serve.wire import FileKind, Op, Request
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from guestmem.serve.client import Client
 
 _ORDINARY = ("run.interrupted",)
+_EXPECTED = ("list.too_small", "kvmclock.off")
+"""Refusals that programs ask for, to find something out."""
 _CALLS = {
     Op.OPEN: "open",
     Op.MMAP_DONE: "mmap of a guest_memfd",
@@ -35,6 +38,7 @@ _KINDS = {
     FileKind.VFIO: "VFIO device",
     FileKind.LIVE_UPDATE: "/dev/liveupdate",
     FileKind.SESSION: "live update session",
+    FileKind.KVM_DEVICE: "VFIO device of KVM",
 }
 
 
@@ -52,8 +56,11 @@ class Report:
         self.devices: list[DeviceStatistics] = []  # of each open device file, at its end
         self.clients: list[tuple[int, str]] = []
         self.notes: list[str] = []
+        self.absences = Absences()
+        self.absent_capabilities: dict[int, None] = {}  # every number that was answered with 0, in order
 
     def count(self, request: Request) -> None:
+        self.absences.calls += 1
         self._requests[request.op, request.a if request.op == Op.IOCTL else 0] += 1
 
     @property
@@ -67,12 +74,20 @@ class Report:
                 named[_CALLS[Op(op)]] += count
         return named
 
+    def capability(self, number: int, answer: int) -> None:
+        """KVM_CHECK_EXTENSION has given an answer."""
+        if not answer:
+            self.absences.capability(number)
+            self.absent_capabilities[number] = None
+
     def client(self, client: Client) -> None:
         self.clients.append((client.pid, client.name()))
 
     def refused(self, call: Call, refusal: Refusal) -> None:
         if refusal.rule in _ORDINARY:
             return
+        if refusal.rule not in _EXPECTED:
+            self.absences.refused(call_name(call), str(refusal))
         if refusal.rule == "ioctl.unknown":
             self.unknown[str(refusal.facts.get("on")), call.request.a & 0xFFFF_FFFF] += 1
             return

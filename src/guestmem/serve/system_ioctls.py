@@ -10,6 +10,7 @@ import struct
 
 from guestmem.arch.snp import C_BIT
 from guestmem.cpu import cpuid
+from guestmem.cpu.engine import CpuidTable
 from guestmem.cpu.msrs import SAVED
 from guestmem.kvm.protected.snp_op import SUPPORTED_POLICY_BITS, SUPPORTED_VMSA_FEATURES
 from guestmem.kvm.vm import Kvm
@@ -17,6 +18,7 @@ from guestmem.serve import capabilities, kvm_run
 from guestmem.serve.call import Call
 from guestmem.serve.cpuid_list import write_cpuid
 from guestmem.serve.files import VmFile
+from guestmem.serve.mce_ioctls import get_mce_cap_supported
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 from guestmem.uapi import sev
@@ -42,7 +44,9 @@ async def _create_vm(call: Call, vm_type: int) -> int:
 
 
 async def _check_extension(call: Call, number: int) -> int:
-    return capabilities.check_extension(call.server.host.level, None, number)
+    answer = capabilities.check_extension(call.server.host.level, None, number)
+    call.server.report.capability(number, answer)
+    return answer
 
 
 async def _get_vcpu_mmap_size(call: Call, argument: int) -> int:
@@ -59,7 +63,8 @@ async def _get_supported_cpuid(call: Call, argument: int) -> int:
 
 
 async def _get_emulated_cpuid(call: Call, argument: int) -> int:
-    await write_cpuid(call, argument, {})
+    """What a guest may execute though hardware has it not: MOVBE. Source: __do_cpuid_func_emulated."""
+    await write_cpuid(call, argument, _EMULATED_CPUID)
     return 0
 
 
@@ -69,14 +74,27 @@ async def _get_msr_index_list(call: Call, argument: int) -> int:
 
 
 async def _get_msr_feature_index_list(call: Call, argument: int) -> int:
-    await _write_list(call, argument, ())
+    await _write_list(call, argument, tuple(_FEATURE_MSRS))
     return 0
 
 
 async def _get_feature_msrs(call: Call, argument: int) -> int:
-    """There is no feature MSR: none is read."""
-    await call.client.memory.copy_from_user(argument, 8)
-    return 0
+    """KVM_GET_MSRS of /dev/kvm: how many were read, the first that is no feature ends it.
+
+    Raises: Refusal E2BIG `list.too_long`.
+    """
+    memory = call.client.memory
+    count, _ = _MSRS_HEADER.unpack(await memory.copy_from_user(argument, _MSRS_HEADER.size))
+    if count >= _MAX_MSRS:
+        raise Refusal(errno.E2BIG, "list.too_long", count=count, limit=_MAX_MSRS)
+    asked = _MSR.iter_unpack(await memory.copy_from_user(argument + _MSRS_HEADER.size, count * _MSR.size))
+    found = b""
+    for index, _, _ in asked:
+        if index not in _FEATURE_MSRS:
+            break
+        found += _MSR.pack(index, 0, _FEATURE_MSRS[index])
+    await memory.copy_to_user(argument + _MSRS_HEADER.size, found)
+    return len(found) // _MSR.size
 
 
 async def _get_device_attr(call: Call, argument: int) -> int:
@@ -104,6 +122,16 @@ def _device_attr(call: Call, group: int, attribute: int) -> int:
     return value
 
 
+_MSRS_HEADER = struct.Struct("<II")
+_MSR = struct.Struct("<IIQ")
+_MAX_MSRS = 256
+_FEATURE_MSRS = {
+    0x8B: 0x0100_0065,  # UCODE_REV, as svm_init has it
+    0x10A: 0,  # ARCH_CAPABILITIES: a CPU in software has no such faults, and says so by other means
+    0x345: 0,  # PERF_CAPABILITIES
+    0xCE: 0,  # PLATFORM_INFO: no CPUID faulting
+}
+_EMULATED_CPUID: CpuidTable = {(0, 0): (7, 0, 0, 0), (1, 0): (0, 0, 1 << 22, 0), (7, 0): (0, 0, 0, 0)}
 _DEVICE_ATTR = struct.Struct("<IIQQ")
 _DEVICE_ATTRS = {
     (0, 0): 0b11,  # KVM_X86_XCOMP_GUEST_SUPP: x87 and SSE
@@ -130,6 +158,7 @@ TABLE = {
     uapi.KVM_GET_VCPU_MMAP_SIZE: _get_vcpu_mmap_size,
     uapi.KVM_GET_SUPPORTED_CPUID: _get_supported_cpuid,
     uapi.KVM_GET_EMULATED_CPUID: _get_emulated_cpuid,
+    uapi.KVM_X86_GET_MCE_CAP_SUPPORTED: get_mce_cap_supported,
     uapi.KVM_GET_MSR_INDEX_LIST: _get_msr_index_list,
     uapi.KVM_GET_MSR_FEATURE_INDEX_LIST: _get_msr_feature_index_list,
     uapi.KVM_GET_MSRS: _get_feature_msrs,

@@ -10,14 +10,14 @@ import errno
 import struct
 from collections.abc import Awaitable, Callable
 
-from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.exits import MemoryFaultExit, UninitializedExit
 from guestmem.kvm.ioctl import encrypt_vcpu, pre_fault
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vcpu_msrs import get_msr, set_msr
-from guestmem.serve import vcpu_state
+from guestmem.serve import debug_ioctls, mce_ioctls, sync_regs, tsc_ioctls, vcpu_state
 from guestmem.serve.call import Call, CallFiles, KvmCaller
 from guestmem.serve.cpuid_list import read_cpuid, write_cpuid
+from guestmem.serve.enable_cap import enable_vcpu_cap
 from guestmem.serve.files import VcpuFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
@@ -45,6 +45,8 @@ def _run_at_once(file: VcpuFile, argument: int) -> bytes | None:
     vcpu, run = file.vcpu, file.run
     if argument or run.immediate_exit or run.request_interrupt_window or vcpu.interrupts.window_wanted:
         return None
+    if sync_regs.are_asked_for(run):
+        return None
     if vcpu.unanswered is not None:
         run.answer(vcpu.unanswered)
     vcpu.immediate_exit = False
@@ -63,6 +65,9 @@ async def _run(call: Call, argument: int) -> int:
     if argument:
         raise Refusal(errno.EINVAL, "ioctl.argument", argument=argument)
     vcpu, run = file.vcpu, file.run
+    if sync_regs.are_asked_for(run):
+        async with vcpu.mutex:
+            sync_regs.take(run, vcpu)
     run.answer(vcpu.unanswered)
     vcpu.immediate_exit = run.immediate_exit
     vcpu.interrupts.want_window(run.request_interrupt_window)
@@ -70,6 +75,8 @@ async def _run(call: Call, argument: int) -> int:
     exit_ = await vcpu.run()
     error = run.write(exit_)
     vcpu_state.write_run_state(run, vcpu)
+    if sync_regs.are_asked_for(run):
+        sync_regs.fill(run, vcpu)
     if error:
         if isinstance(exit_, MemoryFaultExit):
             raise exit_.refusal
@@ -211,16 +218,30 @@ async def _encrypt(call: Call, argument: int) -> int:
     return await encrypt_vcpu(KvmCaller(call.client.memory, CallFiles(call)), _file(call).vcpu, argument)
 
 
-async def _get_tsc_khz(call: Call, argument: int) -> int:
-    return TSC_KHZ
-
-
 async def _kvmclock_ctrl(call: Call, argument: int) -> int:
     """Raises: Refusal EINVAL `kvmclock.off`."""
     vcpu = _file(call).vcpu
     async with vcpu.mutex:
         if not vcpu.clock.pause():
             raise Refusal(errno.EINVAL, "kvmclock.off", vcpu=vcpu.number)
+    return 0
+
+
+async def _report_tpr_accesses(call: Call, argument: int) -> int:
+    """Accesses to the TPR are exits where hardware cannot do without: not here. Raises: Refusal EINVAL
+    `ioctl.argument`. Source: vcpu_ioctl_tpr_access_reporting."""
+    data = await call.client.memory.copy_from_user(argument, 40)
+    _, flags = struct.unpack_from("<II", data)
+    if flags:
+        raise Refusal(errno.EINVAL, "ioctl.argument", flags=flags)
+    return 0
+
+
+async def _set_vapic_addr(call: Call, argument: int) -> int:
+    """A page in which old guests of KVM's kvmvapic option ROM keep the TPR. Raises: Refusal EINVAL `lapic.none`."""
+    await call.client.memory.copy_from_user(argument, 8)
+    if _file(call).vcpu.lapic is None:
+        raise Refusal(errno.EINVAL, "lapic.none", vcpu=_file(call).vcpu.number)
     return 0
 
 
@@ -270,6 +291,15 @@ TABLE = {
     uapi.KVM_MEMORY_ENCRYPT_OP: _encrypt,
     uapi.KVM_SET_SIGNAL_MASK: _accept,
     uapi.KVM_KVMCLOCK_CTRL: _kvmclock_ctrl,
-    uapi.KVM_SET_TSC_KHZ: _accept,
-    uapi.KVM_GET_TSC_KHZ: _get_tsc_khz,
+    uapi.KVM_SET_GUEST_DEBUG: debug_ioctls.set_guest_debug,
+    uapi.KVM_TRANSLATE: debug_ioctls.translate,
+    uapi.KVM_X86_SETUP_MCE: _writer(8, mce_ioctls.setup_mce),
+    uapi.KVM_X86_SET_MCE: _writer(64, mce_ioctls.set_mce),
+    uapi.KVM_GET_SREGS2: _reader(vcpu_state.get_sregs2),
+    uapi.KVM_SET_SREGS2: _writer(320, vcpu_state.set_sregs2),
+    uapi.KVM_GET_XSAVE2: _reader(vcpu_state.get_xsave),
+    uapi.KVM_ENABLE_CAP: enable_vcpu_cap,
+    uapi.KVM_TPR_ACCESS_REPORTING: _report_tpr_accesses,
+    uapi.KVM_SET_VAPIC_ADDR: _set_vapic_addr,
+    **tsc_ioctls.OF_A_VCPU,
 }

@@ -28,7 +28,7 @@ _XCRS = struct.Struct("<II")
 _XCR = struct.Struct("<IIQ")
 
 _CR0_PG, _CR4_PAE, _EFER_LME, _EFER_LMA = 1 << 31, 1 << 5, 1 << 8, 1 << 10
-_VALID_PAYLOAD = 1 << 5
+_VALID_SMM, _VALID_PAYLOAD, _VALID_TRIPLE_FAULT = 1 << 3, 1 << 4, 1 << 5
 _VALID_SHADOW, _VALID_SIPI_VECTOR, _VALID_NMI_PENDING = 1 << 2, 1 << 1, 1 << 0
 
 
@@ -84,6 +84,23 @@ def set_sregs(vcpu: Vcpu, data: bytes) -> None:
         raise Refusal(errno.EINVAL, "sregs.apic_base", apic_base=apic_base)
     vcpu.engine.set_sregs(Sregs(**segments, gdt=gdt, idt=idt, cr0=cr0, cr2=cr2, cr3=cr3, cr4=cr4, cr8=cr8, efer=efer,
                                 apic_base=apic_base))  # fmt: skip
+
+
+def get_sregs2(vcpu: Vcpu) -> bytes:
+    """struct kvm_sregs2: the same without the interrupt, and PDPTRs, of which the engine keeps none."""
+    return get_sregs(vcpu)[:_SREGS_WITHOUT_INTERRUPT] + bytes(_SREGS2_REST)
+
+
+def set_sregs2(vcpu: Vcpu, data: bytes) -> None:
+    """Raises: Refusal EINVAL `sregs.invalid`, `sregs.apic_base`. Source: __set_sregs2."""
+    (flags,) = struct.unpack_from("<Q", data, _SREGS_WITHOUT_INTERRUPT)
+    if flags & ~_PDPTRS_VALID:
+        raise Refusal(errno.EINVAL, "sregs.invalid", flags=flags)
+    set_sregs(vcpu, data[:_SREGS_WITHOUT_INTERRUPT].ljust(_SREGS_SIZE, b"\0"))
+
+
+_SREGS_WITHOUT_INTERRUPT, _SREGS_SIZE, _SREGS2_REST = 280, 312, 40
+_PDPTRS_VALID = 1
 
 
 def _pack_segment(s: Segment) -> bytes:
@@ -176,13 +193,22 @@ def set_debugregs(vcpu: Vcpu, data: bytes) -> None:
 
 
 def get_events(vcpu: Vcpu) -> bytes:
-    e = cpu(vcpu).get_events()
+    """An exception that waits looks as one that is injected already, unless the VMM knows payloads."""
+    e, kvm = cpu(vcpu).get_events(), vcpu.kvm
+    injected, pending = e.exception_injected, e.exception_pending
+    flags = _VALID_NMI_PENDING | _VALID_SHADOW | _VALID_SMM
+    if kvm.exception_payload:
+        flags |= _VALID_PAYLOAD
+    else:
+        injected, pending = injected or pending, False
+    if kvm.triple_fault_event:
+        flags |= _VALID_TRIPLE_FAULT
+    payload = e.exception_payload if kvm.exception_payload else None
     return _EVENTS.pack(
-        e.exception_injected, e.exception_nr, e.exception_error_code is not None, e.exception_pending,
-        e.exception_error_code or 0,
+        injected, e.exception_nr, e.exception_error_code is not None, pending, e.exception_error_code or 0,
         e.interrupt_injected, e.interrupt_nr, e.interrupt_soft, e.interrupt_shadow,
         e.nmi_injected, e.nmi_pending or vcpu.interrupts.nmi_pending, e.nmi_masked,
-        0, _VALID_NMI_PENDING | _VALID_SHADOW, 0, 0, 0, 0, 0, 0, 0,
+        0, flags, 0, 0, 0, 0, kvm.triple_fault_event and vcpu.triple_fault, payload is not None, payload or 0,
     )  # fmt: skip
 
 
@@ -190,14 +216,23 @@ def set_events(vcpu: Vcpu, data: bytes) -> None:
     """Raises: Refusal EINVAL `events.invalid`. Source: kvm_vcpu_ioctl_x86_set_vcpu_events."""
     (
         injected, nr, has_code, pending, code, irq, irq_nr, soft, shadow, nmi, nmi_pending, nmi_masked,
-        sipi_vector, flags, *_smi, has_payload, payload,
+        sipi_vector, flags, smm, smi_pending, smm_inside_nmi, _latched_init, triple_fault, has_payload, payload,
     ) = _EVENTS.unpack(data)  # fmt: skip
+    allowed = _VALID_NMI_PENDING | _VALID_SIPI_VECTOR | _VALID_SHADOW | _VALID_SMM
+    allowed |= _VALID_PAYLOAD if vcpu.kvm.exception_payload else 0
+    allowed |= _VALID_TRIPLE_FAULT if vcpu.kvm.triple_fault_event else 0
+    if flags & ~allowed:
+        raise Refusal(errno.EINVAL, "events.invalid", flags=flags, allowed=allowed)
+    if not flags & _VALID_PAYLOAD:
+        pending = has_payload = 0
     if (injected or pending) and (nr > 31 or nr == 2):
         raise Refusal(errno.EINVAL, "events.invalid", exception=nr)
+    if flags & _VALID_SMM and (smm or smi_pending or smm_inside_nmi):
+        raise Refusal(errno.EINVAL, "events.invalid", smm=smm)  # CONFIG_KVM_SMM is off
     old = cpu(vcpu).get_events()
     events = Events(
         exception_injected=bool(injected),
-        exception_pending=bool(pending) and bool(flags & _VALID_PAYLOAD),
+        exception_pending=bool(pending),
         exception_nr=nr,
         exception_error_code=code if has_code else None,
         exception_payload=payload if has_payload else None,
@@ -210,6 +245,8 @@ def set_events(vcpu: Vcpu, data: bytes) -> None:
         nmi_masked=bool(nmi_masked),
     )
     cpu(vcpu).set_events(events)
+    if flags & _VALID_TRIPLE_FAULT:
+        vcpu.triple_fault = bool(triple_fault)
     if flags & _VALID_NMI_PENDING:
         vcpu.interrupts.nmi_pending = False
     if flags & _VALID_SIPI_VECTOR and vcpu.lapic is not None:

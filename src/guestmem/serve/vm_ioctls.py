@@ -9,23 +9,22 @@ from __future__ import annotations
 import errno
 import struct
 
-from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm.dirty_log import clear_dirty_log, get_dirty_log
-from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_from
 from guestmem.kvm.ioctl import VM_IOCTLS, check_vcpu_creation
 from guestmem.kvm.vcpu import create_vcpu
 from guestmem.kvm.vm import Kvm
-from guestmem.serve import capabilities, io_devices, irqchip_ioctls
+from guestmem.serve import capabilities, io_devices, irqchip_ioctls, kvm_devices, msr_filter_ioctls, tsc_ioctls
 from guestmem.serve.call import Call, CallFiles, KvmCaller
+from guestmem.serve.enable_cap import enable_vm_cap
 from guestmem.serve.files import VcpuFile, VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 from guestmem.uapi.structs import LinkGuestMemfd, UserspaceMemoryRegion2
 
-_ENABLE_CAP = struct.Struct("<II4Q64x")
 _DIRTY_LOG = struct.Struct("<IIQ")
 _CLEAR_DIRTY_LOG = struct.Struct("<IIQQ")
-_MIN_MMU_PAGES = 20
+_MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
+_LAST_TSS = (1 << 32) - 3 * 4096
 
 
 def _kvm(call: Call) -> Kvm:
@@ -35,14 +34,19 @@ def _kvm(call: Call) -> Kvm:
 
 async def _check_extension(call: Call, number: int) -> int:
     kvm = _kvm(call)
-    return capabilities.check_extension(kvm.level, kvm, number)
+    answer = capabilities.check_extension(kvm.level, kvm, number)
+    call.server.report.capability(number, answer)
+    return answer
 
 
 async def _create_vcpu(call: Call, number: int) -> int:
-    """Raises: Refusal EINVAL `vcpu.number`; as check_vcpu_creation; EEXIST `vcpu.exists`."""
-    if number >= capabilities.MAX_VCPUS:
-        raise Refusal(errno.EINVAL, "vcpu.number", vcpu=number, limit=capabilities.MAX_VCPUS)
-    check_vcpu_creation(_kvm(call))
+    """Raises: Refusal EINVAL `vcpu.number`, `vcpu.too_many`; as check_vcpu_creation; EEXIST `vcpu.exists`."""
+    kvm = _kvm(call)
+    if number >= kvm.max_vcpu_ids:
+        raise Refusal(errno.EINVAL, "vcpu.number", vcpu=number, limit=kvm.max_vcpu_ids)
+    if kvm.created_vcpus >= uapi.KVM_MAX_VCPUS:
+        raise Refusal(errno.EINVAL, "vcpu.too_many", vcpus=kvm.created_vcpus)
+    check_vcpu_creation(kvm)
     file = VcpuFile(call.client, await create_vcpu(_kvm(call), number))
     assert isinstance(call.file, VmFile)
     if call.file.ring.run is None:
@@ -82,75 +86,46 @@ async def _clear_dirty_log(call: Call, argument: int) -> int:
     return 0
 
 
-# What is only kept
+# What VMMs say once, before they start
 
 
-async def _accept(call: Call, argument: int) -> int:
-    """Nothing that we do depends on it."""
+async def _set_tss_addr(call: Call, address: int) -> int:
+    """Three pages that Intel's hardware needs for real mode; this CPU does not. Source: kvm_vm_ioctl_set_tss_addr."""
+    if address > _LAST_TSS:
+        raise Refusal(errno.EINVAL, "ioctl.argument", address=address, last=_LAST_TSS)
     return 0
 
 
-async def _accept_u64(call: Call, argument: int) -> int:
+async def _set_identity_map_addr(call: Call, argument: int) -> int:
+    """Likewise a page table. Raises: Refusal EINVAL `vm.has_vcpus`."""
     await call.client.memory.copy_from_user(argument, 8)
+    if _kvm(call).created_vcpus:
+        raise Refusal(errno.EINVAL, "vm.has_vcpus", vcpus=_kvm(call).created_vcpus)
     return 0
 
 
 async def _set_nr_mmu_pages(call: Call, pages: int) -> int:
+    """How much memory shadow tables may take, of which there are none."""
     if pages < _MIN_MMU_PAGES:
         raise Refusal(errno.EINVAL, "ioctl.argument", pages=pages, least=_MIN_MMU_PAGES)
     return 0
 
 
-async def _get_tsc_khz(call: Call, argument: int) -> int:
-    return TSC_KHZ
-
-
-async def _enable_cap(call: Call, argument: int) -> int:
-    """Raises: Refusal EINVAL `enable_cap.argument`; as `enc_context`. Source: kvm_vm_ioctl_enable_cap."""
-    cap, flags, value, *_ = _ENABLE_CAP.unpack(await call.client.memory.copy_from_user(argument, _ENABLE_CAP.size))
-    if not flags and _kvm(call).level.link and cap in _CONTEXT_FROM:
-        files = CallFiles(call)
-        await files.look_up(value & 0xFFFF_FFFF)
-        await _CONTEXT_FROM[cap](_kvm(call), files, value & 0xFFFF_FFFF)
-        return 0
-    valid = _ENABLED_BITS.get(cap)
-    if flags or valid is None or value & ~valid:
-        raise Refusal(errno.EINVAL, "enable_cap.argument", cap=cap, flags=flags, value=value)
-    if cap == capabilities.EXIT_HYPERCALL:
-        _kvm(call).enabled_hypercalls = value
-    elif cap == capabilities.SPLIT_IRQCHIP:
-        irqchip_ioctls.split_irqchip(_kvm(call), value)
-    elif cap == capabilities.X2APIC_API:
-        irqchip_ioctls.x2apic_api(_kvm(call), value)
-    return 0
-
-
-_CONTEXT_FROM = {
-    uapi.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: copy_enc_context_from,
-    uapi.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: move_enc_context_from,
-}
-_ENABLED_BITS = {
-    capabilities.SPLIT_IRQCHIP: (1 << 64) - 1,  # how many lines the VMM's IOAPIC has, checked there
-    capabilities.X2APIC_API: capabilities.X2APIC_API_VALID,
-    capabilities.EXIT_HYPERCALL: capabilities.EXIT_HYPERCALL_VALID,
-    capabilities.DISABLE_QUIRKS: capabilities.QUIRKS_VALID,
-    capabilities.DISABLE_QUIRKS2: capabilities.QUIRKS_VALID,
-}
-
 TABLE = {
     **dict.fromkeys(VM_IOCTLS, _memory),
     **irqchip_ioctls.TABLE,
+    **msr_filter_ioctls.TABLE,
+    **tsc_ioctls.OF_A_VM,
     uapi.KVM_CHECK_EXTENSION: _check_extension,
     uapi.KVM_CREATE_VCPU: _create_vcpu,
     uapi.KVM_GET_DIRTY_LOG: _get_dirty_log,
     uapi.KVM_CLEAR_DIRTY_LOG: _clear_dirty_log,
-    uapi.KVM_ENABLE_CAP: _enable_cap,
+    uapi.KVM_ENABLE_CAP: enable_vm_cap,
     uapi.KVM_IOEVENTFD: io_devices.ioeventfd,
     uapi.KVM_REGISTER_COALESCED_MMIO: io_devices.register_coalesced,
     uapi.KVM_UNREGISTER_COALESCED_MMIO: io_devices.unregister_coalesced,
     uapi.KVM_SET_NR_MMU_PAGES: _set_nr_mmu_pages,
-    uapi.KVM_SET_TSS_ADDR: _accept,
-    uapi.KVM_SET_IDENTITY_MAP_ADDR: _accept_u64,
-    uapi.KVM_SET_TSC_KHZ: _accept,
-    uapi.KVM_GET_TSC_KHZ: _get_tsc_khz,
+    uapi.KVM_SET_TSS_ADDR: _set_tss_addr,
+    uapi.KVM_SET_IDENTITY_MAP_ADDR: _set_identity_map_addr,
+    uapi.KVM_CREATE_DEVICE: kvm_devices.create_device,
 }

@@ -75,6 +75,7 @@ class FileKind(enum.IntEnum):
     VFIO = 7
     LIVE_UPDATE = 8
     SESSION = 9
+    KVM_DEVICE = 10
 
 
 OPEN_KVM, OPEN_GUP_TEST, OPEN_IOMMU, OPEN_VFIO = 1, 2, 3, 4

@@ -47,12 +47,16 @@ _IOMMU_MAP = "IOMMU_IOAS_MAP"
 _VFIO = "VFIO device"
 _DMA = "DMA"
 _ROUTING = "KVM_SET_GSI_ROUTING"
+_FILTER = "KVM_X86_SET_MSR_FILTER"
+_DEBUG = "KVM_SET_GUEST_DEBUG"
 
 _TABLE = (
     # Any ioctl
     Rule("fd.not_open", ("EBADF",), "any", 1, "the descriptor is not open", "fdget() [O R51 R52]"),
     Rule("ioctl.other_mm", ("EIO",), "any", 2, "the VM was made in another address space", "kvm_vm_ioctl [O S4]"),
     Rule("ioctl.unknown", ("ENOTTY", "EINVAL"), "any", 3, "this file has no such ioctl", "uapi.md 2 [O K1 G44]"),
+    Rule("ioctl.wrong_file", ("ENOTTY", "EINVAL"), "any", 3, "another kind of file has this ioctl", "kvm_main.c [M]"),
+    Rule("ioctl.vm_type", ("ENOTTY",), "any", 3, "a VM of this type has no such ioctl", "x86.c mem_enc_ioctl [M]"),
     Rule("ioctl.argument", ("EINVAL",), "any", 5, "the argument is not one that this call takes", "kvm_main.c [M]"),
     Rule(
         "list.too_small", ("E2BIG",), "any", 6, "the caller's list has no room for what there is", "cpuid.c, x86.c [M]"
@@ -297,6 +301,23 @@ _TABLE = (
     Rule("irqchip.protected", ("ENOTTY",), "KVM_CREATE_IRQCHIP", 3, "a TD hides its EOIs", "has_protected_eoi [M]"),
     Rule("irqchip.late", ("EINVAL",), "KVM_CREATE_IRQCHIP", 2, "there are vCPUs already", "kvm_arch_vm_ioctl [M]"),
     Rule("irqchip.none", ("ENXIO",), "KVM_GET_IRQCHIP", 1, "the VM has no interrupt controller", "[M]"),
+    Rule("vm.has_vcpus", ("EINVAL",), "KVM_SET_IDENTITY_MAP_ADDR", 2, "there are vCPUs already", "x86.c [M]"),
+    Rule("tsc.frequency", ("EINVAL",), "KVM_SET_TSC_KHZ", 1, "not the host's, and nothing scales it", "x86.c [M]"),
+    Rule("mce.capability", ("EINVAL",), "KVM_X86_SETUP_MCE", 1, "no banks, or more than there are", "x86.c [M]"),
+    Rule("mce.bank", ("EINVAL",), "KVM_X86_SET_MCE", 1, "the vCPU has no such bank", "x86.c [M]"),
+    Rule("mce.status", ("EINVAL",), "KVM_X86_SET_MCE", 2, "the status is not valid", "x86.c [M]"),
+    Rule("msr_filter.flags", ("EINVAL",), _FILTER, 1, "a flag besides DEFAULT_DENY", "x86.c [M] [O]"),
+    Rule("msr_filter.denies_all", ("EINVAL",), _FILTER, 2, "no MSR at all would be allowed", "x86.c [M] [O]"),
+    Rule("msr_filter.range", ("EINVAL",), _FILTER, 3, "it is for no access, or too long", "kvm_add_msr_filter [M]"),
+    Rule("guest_debug.protected", ("EINVAL",), _DEBUG, 1, "the registers are the guest's own", "x86.c [M]"),
+    Rule("guest_debug.pending", ("EBUSY",), _DEBUG, 2, "an exception waits already", "x86.c [M] [O]"),
+    Rule("device.type", ("ENODEV",), "KVM_CREATE_DEVICE", 1, "x86 has VFIO only", "kvm_ioctl_create_device [M]"),
+    Rule("device.exists", ("EBUSY",), "KVM_CREATE_DEVICE", 2, "the VM has its one", "kvm_vfio_create [M]"),
+    Rule("device.no_vfio", ("EINVAL",), "KVM_SET_DEVICE_ATTR", 3, "no file of VFIO", "kvm_vfio_file_add [M]"),
+    Rule("device.file_exists", ("EEXIST",), "KVM_SET_DEVICE_ATTR", 4, "added already", "kvm_vfio_file_add [M]"),
+    Rule("device.no_file", ("ENOENT",), "KVM_SET_DEVICE_ATTR", 5, "it was not added", "kvm_vfio_file_del [M]"),
+    Rule("run.sync_regs", ("EINVAL",), "KVM_RUN", 12, "a set of registers that there is not", "x86.c [M] [O]"),
+    Rule("vcpu.too_many", ("EINVAL",), "KVM_CREATE_VCPU", 4, "1024 are there", "kvm_vm_ioctl_create_vcpu [M]"),
     Rule("irqchip.pins", ("EINVAL",), "KVM_CAP_SPLIT_IRQCHIP", 1, "more pins than there can be routes", "x86.c [M]"),
     Rule("irqchip.split_late", ("EEXIST",), "KVM_CAP_SPLIT_IRQCHIP", 3, "there are vCPUs already", "x86.c [M] [O]"),
     Rule("x2apic_api.eoi", ("EINVAL",), "KVM_CAP_X2APIC_API", 2, "no IOAPIC of the VMM's, or both flags", "[O]"),
