@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import pathlib
 import re
@@ -49,8 +50,8 @@ def test_the_reference_lists_the_properties_as_they_are() -> None:
 def test_the_reference_lists_the_levels_as_they_are() -> None:
     text = (ROOT / "docs/reference.md").read_text()
     for level in LEVELS.values():
-        errno_name = {22: "EINVAL", 17: "EEXIST"}[level.overlap_errno]
-        cells = [level.mmap, level.in_place, errno_name, level.signed_range_end]
+        errno_name = errno.errorcode[level.overlap_errno]
+        cells = [level.mmap, level.in_place, errno_name, level.signed_range_end, level.prepare_before_overlap]
         row = " | ".join({True: "yes", False: "no"}.get(cell, str(cell)) for cell in cells)  # type: ignore[call-overload]
         assert f"| {level.name} | {row} |" in text
 

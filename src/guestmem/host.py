@@ -260,9 +260,10 @@ class Vm:
 
     def create_guest_memfd(self, size: int, *, mmap: bool = False, init_shared: bool = False, order: int = 0) -> Gmem:
         """KVM_CREATE_GUEST_MEMFD. Bytes; with `order`, of huge pages. Raises: Refusal `create.*`, `fd.limit`."""
-        flags = mmap * uapi.GUEST_MEMFD_FLAG_MMAP | init_shared * uapi.GUEST_MEMFD_FLAG_INIT_SHARED
+        bit = self.kvm.level.create_flag
+        flags = mmap * bit("MMAP") | init_shared * bit("INIT_SHARED")
         if order:
-            flags |= uapi.GUEST_MEMFD_FLAG_HUGETLB | (order + PAGE_SHIFT) << uapi.GUEST_MEMFD_HUGETLB_SHIFT
+            flags |= bit("HUGETLB") | (order + PAGE_SHIFT) << uapi.GUEST_MEMFD_HUGETLB_SHIFT
         process = self.host.process
         fd = self.host.run(create_guest_memfd(self.kvm, process.fds, CreateGuestMemfd(size, flags)), "create")
         return self._gmem(fd)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 from guestmem.iommu import ioctl as iommu_ioctl
-from guestmem.kvm.ioctl import gmem_ioctl
+from guestmem.kvm.ioctl import built_request, gmem_ioctl
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import system_ioctls, vcpu_ioctls, vm_ioctls
 from guestmem.serve.call import Call
@@ -41,9 +41,11 @@ async def ioctl(call: Call) -> int:
             return await _look_up(system_ioctls.TABLE, request, "/dev/kvm")(call, argument)
         case VmFile():
             _check_owner(call, file.kvm)
+            request = built_request(file.kvm, request, "VM")
             return await _look_up(vm_ioctls.TABLE, request, "VM")(call, argument)
         case VcpuFile():
             _check_owner(call, file.vcpu.kvm)
+            request = built_request(file.vcpu.kvm, request, "vCPU")
             return await _look_up(vcpu_ioctls.TABLE, request, "vCPU")(call, argument)
         case GmemFile():
             return await gmem_ioctl(call.client.memory, file.file, request, argument)

@@ -46,12 +46,14 @@ _IOMMU = "/dev/iommu"
 _IOMMU_MAP = "IOMMU_IOAS_MAP"
 _VFIO = "VFIO device"
 _DMA = "DMA"
+_LEVEL = "ABI level file"
 
 _TABLE = (
     # Any ioctl
     Rule("fd.not_open", ("EBADF",), "any", 1, "the descriptor is not open", "fdget() [O R51 R52]"),
     Rule("ioctl.other_mm", ("EIO",), "any", 2, "the VM was made in another address space", "kvm_vm_ioctl [O S4]"),
     Rule("ioctl.unknown", ("ENOTTY", "EINVAL"), "any", 3, "this file has no such ioctl", "uapi.md 2 [O K1 G44]"),
+    Rule("ioctl.not_built", ("ENOTTY", "EINVAL"), "any", 3, "an ioctl that the kernel of this level lacks", "[M]"),
     Rule("ioctl.argument", ("EINVAL",), "any", 5, "the argument is not one that this call takes", "kvm_main.c [M]"),
     Rule(
         "list.too_small", ("E2BIG",), "any", 6, "the caller's list has no room for what there is", "cpuid.c, x86.c [M]"
@@ -60,6 +62,27 @@ _TABLE = (
     Rule("wire.bad_request", ("EPROTO",), "any", 8, "no message that our shim sends", "docs/reference/wire.md [I]"),
     Rule("user.copy", ("EFAULT",), "any", 4, "the argument cannot be read or written", "copy_from_user [O N24 R64]"),
     Rule("ioctl.vm_dead", ("EIO",), "any", 2, "the VM's identity has moved to another struct kvm", "kvm->vm_dead [M]"),
+    # A level that a user wrote
+    Rule("level.not_found", ("ENOENT",), _LEVEL, 1, "there is no such level, and no such file", "--abi [I]"),
+    Rule("level.syntax", ("EINVAL",), _LEVEL, 2, "the file is no TOML", "toml.io 1.0 [I]"),
+    Rule("level.field", ("EINVAL",), _LEVEL, 3, "a key that levels do not have, or of another type", "[I]"),
+    Rule("level.base", ("EINVAL",), _LEVEL, 4, "the base is none of the levels that come with guestmem", "[I]"),
+    Rule("level.incomplete", ("EINVAL",), _LEVEL, 5, "without a base a level says everything", "[I]"),
+    Rule("level.value", ("EINVAL",), _LEVEL, 6, "a number is none, or too large", "[I]"),
+    Rule("level.unknown", ("EINVAL",), _LEVEL, 7, "a name that has nothing behind it here", "[I]"),
+    Rule("level.same_number", ("EINVAL",), _LEVEL, 8, "two capabilities have one number", "[I]"),
+    Rule("level.same_request", ("EINVAL",), _LEVEL, 9, "two ioctls have one number", "[I]"),
+    Rule("level.same_bit", ("EINVAL",), _LEVEL, 10, "two flags have one bit", "[I]"),
+    Rule("level.in_place_without_mmap", ("EINVAL",), _LEVEL, 11, "shared pages in place, and nobody maps them", "[I]"),
+    Rule(
+        "level.in_place_without_ioctl",
+        ("EINVAL",),
+        _LEVEL,
+        12,
+        "in_place or SET_MEMORY_ATTRIBUTES2 alone",
+        "[I]",
+    ),
+    Rule("level.no_conversion", ("EINVAL",), _LEVEL, 13, "VM types with private memory, and no call converts", "[I]"),
     # KVM_CREATE_GUEST_MEMFD
     Rule("create.flags", ("EINVAL",), _CREATE, 2, "a flag that this VM may not have", "uapi.md 6 [M] [O N14]"),
     Rule("create.size", ("EINVAL",), _CREATE, 3, "size is zero, negative or no multiple of a page", "[M] [O N1]"),
