@@ -50,14 +50,14 @@ class Program:
         return f"{self.abi} {self.binary} {self.arguments}".rstrip()
 
 
-CONVERSIONS = "selftests/x86_64/private_mem_conversions_test"
+CONVERSIONS = "selftests-6.12/x86_64/private_mem_conversions_test"
 PROGRAMS = (
-    Program("selftests/guest_memfd_test"),
-    Program("selftests/guest_print_test"),
-    Program("selftests/x86_64/userspace_io_test"),
-    Program("selftests/x86_64/private_mem_kvm_exits_test"),
-    Program("selftests/pre_fault_memory_test"),
-    Program("selftests/set_memory_region_test", thp=True),
+    Program("selftests-6.12/guest_memfd_test"),
+    Program("selftests-6.12/guest_print_test"),
+    Program("selftests-6.12/x86_64/userspace_io_test"),
+    Program("selftests-6.12/x86_64/private_mem_kvm_exits_test"),
+    Program("selftests-6.12/pre_fault_memory_test"),
+    Program("selftests-6.12/set_memory_region_test", thp=True),
     Program(CONVERSIONS),
     Program(CONVERSIONS, "-m 2"),
     Program(CONVERSIONS, "-n 2"),
