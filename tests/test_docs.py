@@ -12,7 +12,7 @@ import pytest
 
 from guestmem.check.invariants import NOT_YET, PROPERTIES
 from guestmem.sched import LockClass
-from guestmem.uapi.levels import LEVELS
+from guestmem.uapi.levels import LEVELS, read_level
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -54,6 +54,17 @@ def test_the_reference_lists_the_levels_as_they_are() -> None:
         cells = [level.mmap, level.in_place, errno_name, level.signed_range_end, level.prepare_before_overlap]
         row = " | ".join({True: "yes", False: "no"}.get(cell, str(cell)) for cell in cells)  # type: ignore[call-overload]
         assert f"| {level.name} | {row} |" in text
+
+
+def test_every_level_in_the_docs_is_one(tmp_path: pathlib.Path) -> None:
+    files = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/run/how-to.md").read_text(), re.DOTALL)
+    assert files
+    for text in files:
+        path = tmp_path / "fleet.toml"
+        path.write_text(text)
+        level = read_level(path)
+        assert (level.in_place, level.capability(250)) == (True, "GUEST_MEMFD_MEMORY_ATTRIBUTES")
+        assert level.answers == {"FLEET_REVISION": 7}
 
 
 def test_the_lock_order_is_printed_in_order() -> None:
