@@ -58,13 +58,15 @@ def test_the_reference_lists_the_levels_as_they_are() -> None:
 
 def test_every_level_in_the_docs_is_one(tmp_path: pathlib.Path) -> None:
     files = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/run/how-to.md").read_text(), re.DOTALL)
-    assert files
+    levels = []
     for text in files:
         path = tmp_path / "fleet.toml"
         path.write_text(text)
-        level = read_level(path)
-        assert (level.in_place, level.capability(250)) == (True, "GUEST_MEMFD_MEMORY_ATTRIBUTES")
-        assert level.answers == {"FLEET_REVISION": 7}
+        levels.append(read_level(path))
+    fleet, firecracker = levels
+    assert (fleet.in_place, fleet.capability(250)) == (True, "GUEST_MEMFD_MEMORY_ATTRIBUTES")
+    assert fleet.answers == {"FLEET_REVISION": 7}
+    assert (firecracker.capability(245), firecracker.region_flags) == ("USERFAULT", {"USERFAULT": 1 << 3})
 
 
 def test_the_lock_order_is_printed_in_order() -> None:

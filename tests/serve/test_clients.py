@@ -29,6 +29,7 @@ OURS = (
     ("snp_dma", "future"),
     ("tdx", "future"),
     ("preserved", "future"),
+    ("userfault", "future"),
 )
 
 

@@ -69,6 +69,8 @@ def check_extension(level: AbiLevel, kvm: Kvm | None, number: int) -> int:
         return 0
     if name in level.answers:
         return level.answers[name]
+    if name in _POSTED:
+        return _POSTED[name](level)
     number = MAINLINE.get(name, -1)
     special = _SPECIAL.get(number)
     return special(level, kvm) if special is not None else _CONSTANT.get(number, 0)
@@ -103,3 +105,7 @@ _SPECIAL: dict[int, Callable[[AbiLevel, Kvm | None], int]] = {
     244: _guest_memfd_flags,
     252: _gmem_attributes,
 }
+_POSTED: dict[str, Callable[[AbiLevel], int]] = {
+    "USERFAULT": lambda level: int("USERFAULT" in level.region_flags),
+}
+"""By name, since mainline has no number for them."""

@@ -136,6 +136,15 @@ _TABLE = (
     Rule("region.address_space", ("EINVAL",), _REGION, 7, "there is no such address space", "[M] [O R2]"),
     Rule("region.gpa_wraps", ("EINVAL",), _REGION, 7, "guest address + size wraps", "[M] [O R39 R40]"),
     Rule("region.too_big", ("EINVAL",), _REGION, 7, "more than 2**31 - 1 pages", "KVM_MEM_MAX_NR_PAGES [O R38]"),
+    Rule(
+        "region.userfault_bitmap",
+        ("EINVAL",),
+        _REGION,
+        7,
+        "the bitmap of USERFAULT is not at a user's address",
+        "KVM Userfault v3 [P]",
+        _FUTURE,
+    ),
     Rule("region.no_slot", ("EINVAL",), _REGION, 8, "the slot to delete does not exist", "[M] [O R49]"),
     Rule("region.gmem_immutable", ("EINVAL",), _REGION, 9, "a guest_memfd slot can only be deleted", "[M] [O R67]"),
     Rule("region.fixed_flags", ("EINVAL",), _REGION, 9, "READONLY and GUEST_MEMFD of a slot are fixed", "9935df5333aa"),
@@ -261,11 +270,20 @@ _TABLE = (
     Rule("fault.access", ("EFAULT",), _FAULT, 3, "the page does not have the access asked for", "R3 [M] [O T1]"),
     Rule("fault.poisoned", ("EHWPOISON",), _FAULT, 4, "the page's memory is bad", "kvm_gmem_get_pfn [M]"),
     Rule("fault.mismatch", ("EFAULT",), "KVM_RUN", 1, "the guest's access is not the page's", "uapi.md 11 [M]"),
+    Rule(
+        "fault.userfault",
+        ("EFAULT",),
+        "KVM_RUN",
+        3,
+        "the frame's bit is set in the slot's bitmap: the VMM is to bring the page",
+        "KVM Userfault v3 [P]",
+        _FUTURE,
+    ),
     Rule("fault.no_slot", ("EFAULT",), "KVM_RUN", 2, "private access where no slot is", "kvm_handle_noslot_fault [M]"),
-    Rule("fault.no_gmem", ("EFAULT",), "KVM_RUN", 3, "private access, and the slot has no guest_memfd", "[M]"),
-    Rule("fault.file_gone", ("EFAULT",), "KVM_RUN", 4, "the slot's guest_memfd was closed", "[M]"),
-    Rule("fault.binding", ("EIO",), "KVM_RUN", 5, "the page is bound to another slot", "__kvm_gmem_get_pfn [M]"),
-    Rule("fault.identity", ("EFAULT",), "KVM_RUN", 6, "the memory belongs to another virtual machine", "R24 R26 [I]"),
+    Rule("fault.no_gmem", ("EFAULT",), "KVM_RUN", 4, "private access, and the slot has no guest_memfd", "[M]"),
+    Rule("fault.file_gone", ("EFAULT",), "KVM_RUN", 5, "the slot's guest_memfd was closed", "[M]"),
+    Rule("fault.binding", ("EIO",), "KVM_RUN", 6, "the page is bound to another slot", "__kvm_gmem_get_pfn [M]"),
+    Rule("fault.identity", ("EFAULT",), "KVM_RUN", 7, "the memory belongs to another virtual machine", "R24 R26 [I]"),
     # KVM_LINK_GUEST_MEMFD, and where an identity goes
     Rule("link.flags", ("EINVAL",), _LINK, 1, "flags must be zero", "kvm_gmem_link, link RFC v2 04/13 [P]", "future"),
     Rule("link.not_open", ("EINVAL",), _LINK, 2, "the descriptor is not open", "not EBADF [P]", "future"),
@@ -378,13 +396,13 @@ _TABLE = (
     Rule("dma.hypervisor", ("EFAULT",), _DMA, 10, "pKVM: the hypervisor's table has not the page", "[F]"),
     # Architectures
     Rule(
-        "arch.make_private", ("EINVAL",), "KVM_RUN", 7, "hardware or firmware did not take the page", "sev_gmem_prepare"
+        "arch.make_private", ("EINVAL",), "KVM_RUN", 8, "hardware or firmware did not take the page", "sev_gmem_prepare"
     ),
     Rule(
-        "arch.guest_access", ("EFAULT",), "KVM_RUN", 8, "the page is not the guest's at this address", "APM 2, 15.36.10"
+        "arch.guest_access", ("EFAULT",), "KVM_RUN", 9, "the page is not the guest's at this address", "APM 2, 15.36.10"
     ),
-    Rule("run.no_vcpu", ("EINVAL",), "KVM_RUN", 10, "firmware has no such vCPU", "tdx_vcpu_pre_run [M]"),
-    Rule("run.not_launched", ("EINVAL",), "KVM_RUN", 9, "the guest's launch is not finished", "pre_sev_run [M]"),
+    Rule("run.no_vcpu", ("EINVAL",), "KVM_RUN", 11, "firmware has no such vCPU", "tdx_vcpu_pre_run [M]"),
+    Rule("run.not_launched", ("EINVAL",), "KVM_RUN", 10, "the guest's launch is not finished", "pre_sev_run [M]"),
     Rule("snp_op.mirror", ("EINVAL",), _SNP_OP, 1, "the owner's, not for a helper", "is_cmd_allowed_from_mirror [M]"),
     Rule("snp_op.not_snp", ("EPERM",), _SNP_OP, 2, "after KVM_SEV_INIT2 only commands of SNP", "sev_mem_enc_ioctl [M]"),
     Rule("snp_op.command", ("EINVAL",), _SNP_OP, 3, "no such command", "sev_mem_enc_ioctl [M]"),

@@ -8,12 +8,14 @@ from typing import Any
 
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import VmType
-from guestmem.uapi.levels.level import CREATE_FLAGS, LEVEL_IOCTLS
+from guestmem.uapi.levels.level import CREATE_FLAGS, LEVEL_IOCTLS, REGION_FLAGS
 from guestmem.uapi.levels.places import Places
 
 _OVERLAP_ERRNOS = ("EINVAL", "EEXIST")
 _X86_VM_TYPES = tuple(vm_type.name for vm_type in VmType if vm_type < 32)
 _PRIVATE_VM_TYPES = tuple(name for name in _X86_VM_TYPES if name != "DEFAULT")
+_FIXED_REGION_FLAGS = ("LOG_DIRTY_PAGES", "READONLY", "GUEST_MEMFD")
+
 Settings = Mapping[tuple[str, ...], Any]
 
 
@@ -28,6 +30,10 @@ def check(settings: Settings, places: Places) -> None:
         raise Refusal(errno.EINVAL, "level.same_request", at=places.of(path), **_pair(settings, path, other, places))
     for path, other in _doubles(settings, ("flags", "guest_memfd")):
         raise Refusal(errno.EINVAL, "level.same_bit", at=places.of(path), **_pair(settings, path, other, places))
+    for path, bit in settings.items():
+        if path[:2] == ("flags", "memory_region") and bit < len(_FIXED_REGION_FLAGS):
+            names = f"{path[-1]} and {_FIXED_REGION_FLAGS[bit]}"
+            raise Refusal(errno.EINVAL, "level.same_bit", at=places.of(path), names=names, number=str(bit))
     _check_conversion(settings, places)
 
 
@@ -49,7 +55,7 @@ def _check_names(settings: Settings, places: Places) -> None:
         if path[0] == "ioctls":
             _known(path, path[1:], LEVEL_IOCTLS, places)
         elif path[0] == "flags":
-            _known(path, path[2:], CREATE_FLAGS, places)
+            _known(path, path[2:], CREATE_FLAGS if path[1] == "guest_memfd" else REGION_FLAGS, places)
         elif path[0] == "answers" and ("capabilities", path[1]) not in settings:
             raise Refusal(errno.EINVAL, "level.unknown", at=places.of(path), name=path[1], reason="no such capability")
 

@@ -27,6 +27,9 @@ CREATE_FLAGS: Mapping[str, int] = {
 }
 """GUEST_MEMFD_FLAG_* that have something behind them here, with their masks at the newest level that has them."""
 
+REGION_FLAGS: Mapping[str, int] = {"USERFAULT": uapi.KVM_MEM_USERFAULT}
+"""The same of KVM_MEM_*, besides the three whose bits no kernel has moved."""
+
 REQUESTS: Mapping[str, int] = {name: getattr(uapi, f"KVM_{name}") for name in LEVEL_IOCTLS}
 """Their numbers in our code."""
 
@@ -41,7 +44,7 @@ class AbiLevel:
 
     `capabilities` are the numbers that the kernel's headers name, without KVM_CAP_; `answers` what KVM_CHECK_EXTENSION
     says where it is not what is behind the capability here. `ioctls` are requests by name, without KVM_.
-    `create_flags` are masks by name, without GUEST_MEMFD_FLAG_.
+    `create_flags` are masks by name, without GUEST_MEMFD_FLAG_; `region_flags` without KVM_MEM_, only what is posted.
     """
 
     name: str
@@ -57,6 +60,7 @@ class AbiLevel:
     answers: Mapping[str, int]
     ioctls: Mapping[str, int]
     create_flags: Mapping[str, int]
+    region_flags: Mapping[str, int]
     _by_number: Mapping[int, str] = dataclasses.field(init=False)
     _requests: Mapping[int, int | None] = dataclasses.field(init=False)
 

@@ -43,6 +43,7 @@ class _Checks(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Flags(msgspec.Struct, forbid_unknown_fields=True):
     guest_memfd: dict[str, Any] = {}
+    memory_region: dict[str, Any] = {}
 
 
 class _LevelFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -86,7 +87,8 @@ def _build(name: str, file: Traversable, shown: str) -> AbiLevel:
         capabilities=_table(settings, "capabilities"),
         answers=_table(settings, "answers"),
         ioctls=_table(settings, "ioctls"),
-        create_flags={name: 1 << bit for name, bit in _table(settings, "flags", "guest_memfd").items()},
+        create_flags=_masks(settings, "guest_memfd"),
+        region_flags=_masks(settings, "memory_region"),
     )
 
 
@@ -168,6 +170,10 @@ def _flatten(tables: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator
 
 def _table(settings: Settings, *table: str) -> dict[str, int]:
     return {path[-1]: value for path, value in settings.items() if path[:-1] == table}
+
+
+def _masks(settings: Settings, kind: str) -> dict[str, int]:
+    return {name: 1 << bit for name, bit in _table(settings, "flags", kind).items()}
 
 
 class _Levels(Mapping[str, AbiLevel]):
