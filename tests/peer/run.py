@@ -95,6 +95,11 @@ PROGRAMS = (
     Program("upstream/guest_memfd_test", abi="v6.18", thp=True),
     Program("upstream/guest_memfd_conversions_test", abi="v7.4"),
     *_newer("v7.3"),
+    # Built too and left out: memslot_perf_test and mmu_stress_test, which did not end within a minute.
+    Program("selftests-7.3/demand_paging_test", "-b 16M", abi="v7.3"),
+    Program("selftests-7.3/dirty_log_test", "-i 3 -I 50", abi="v7.3"),
+    Program("selftests-7.3/kvm_page_table_test", "-b 8M -v 1", abi="v7.3"),
+    Program("selftests-7.3/memslot_modification_stress_test", "-i 10 -b 8M", abi="v7.3"),
     *_newer("v7.4-vm-attributes"),
     Program("selftests-7.3/guest_memfd_test", abi="v6.18", lacks="6.18 takes a file range whose end is 2**63 (B04)"),
     Program("selftests-7.3/x86/userspace_io_test", abi="v7.4"),
