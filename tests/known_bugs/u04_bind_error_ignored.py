@@ -1,7 +1,7 @@
 """U04, e6ecb88711d9: nobody looks at what storing a binding returns, and the slot counts as bound.
 
-Upstream: "KVM: guest_memfd: Gracefully handle xarray errors when binding a memslot". Made from that subject; the patch was
-not to be had.
+Upstream: "KVM: guest_memfd: Gracefully handle xarray errors when binding a memslot". Made from that subject, since the
+patch was not to be had.
 """
 
 import bisect
