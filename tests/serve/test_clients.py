@@ -33,6 +33,7 @@ OURS = (
     ("snp_dma", "future"),
     ("tdx", "future"),
     ("preserved", "future"),
+    ("userfault", "future"),
 )
 
 

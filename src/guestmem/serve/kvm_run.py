@@ -29,7 +29,7 @@ from guestmem.kvm.exits import (
     SystemEventExit,
     UninitializedExit,
 )
-from guestmem.uapi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from guestmem.uapi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MEMORY_EXIT_FLAG_USERFAULT
 
 PAGES = 3
 SIZE = PAGES * mmap.PAGESIZE
@@ -116,7 +116,7 @@ class KvmRun:
                 _HYPERCALL.pack_into(memory, _UNION_AT, exit_.nr, *exit_.args, 0, 0, 0, 0, 1)
             case MemoryFaultExit():
                 reason, error = EXIT_MEMORY_FAULT, exit_.refusal.errno or 0
-                flags = KVM_MEMORY_EXIT_FLAG_PRIVATE if exit_.private else 0
+                flags = KVM_MEMORY_EXIT_FLAG_PRIVATE * exit_.private | KVM_MEMORY_EXIT_FLAG_USERFAULT * exit_.userfault
                 _MEMORY_FAULT.pack_into(memory, _UNION_AT, flags, exit_.gpa, exit_.size)
             case IrqWindowOpenExit():
                 reason, error = EXIT_IRQ_WINDOW_OPEN, 0
