@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import pathlib
 import re
@@ -11,7 +12,7 @@ import pytest
 
 from guestmem.check.invariants import NOT_YET, PROPERTIES
 from guestmem.sched import LockClass
-from guestmem.uapi.levels import LEVELS
+from guestmem.uapi.levels import LEVELS, read_level
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -49,10 +50,23 @@ def test_the_reference_lists_the_properties_as_they_are() -> None:
 def test_the_reference_lists_the_levels_as_they_are() -> None:
     text = (ROOT / "docs/reference.md").read_text()
     for level in LEVELS.values():
-        errno_name = {22: "EINVAL", 17: "EEXIST"}[level.overlap_errno]
-        cells = [level.mmap, level.in_place, errno_name, level.signed_range_end]
+        errno_name = errno.errorcode[level.overlap_errno]
+        cells = [level.mmap, level.in_place, errno_name, level.signed_range_end, level.prepare_before_overlap]
         row = " | ".join({True: "yes", False: "no"}.get(cell, str(cell)) for cell in cells)  # type: ignore[call-overload]
         assert f"| {level.name} | {row} |" in text
+
+
+def test_every_level_in_the_docs_is_one(tmp_path: pathlib.Path) -> None:
+    files = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/run/how-to.md").read_text(), re.DOTALL)
+    levels = []
+    for text in files:
+        path = tmp_path / "fleet.toml"
+        path.write_text(text)
+        levels.append(read_level(path))
+    fleet, firecracker = levels
+    assert (fleet.in_place, fleet.capability(250)) == (True, "GUEST_MEMFD_MEMORY_ATTRIBUTES")
+    assert fleet.answers == {"FLEET_REVISION": 7}
+    assert (firecracker.capability(245), firecracker.region_flags) == ("USERFAULT", {"USERFAULT": 1 << 3})
 
 
 def test_the_lock_order_is_printed_in_order() -> None:

@@ -262,9 +262,10 @@ class Vm:
 
     def create_guest_memfd(self, size: int, *, mmap: bool = False, init_shared: bool = False, order: int = 0) -> Gmem:
         """KVM_CREATE_GUEST_MEMFD. Bytes; with `order`, of huge pages. Raises: Refusal `create.*`, `fd.limit`."""
-        flags = mmap * uapi.GUEST_MEMFD_FLAG_MMAP | init_shared * uapi.GUEST_MEMFD_FLAG_INIT_SHARED
+        bit = self.kvm.level.create_flag
+        flags = mmap * bit("MMAP") | init_shared * bit("INIT_SHARED")
         if order:
-            flags |= uapi.GUEST_MEMFD_FLAG_HUGETLB | (order + PAGE_SHIFT) << uapi.GUEST_MEMFD_HUGETLB_SHIFT
+            flags |= bit("HUGETLB") | (order + PAGE_SHIFT) << uapi.GUEST_MEMFD_HUGETLB_SHIFT
         process = self.host.process
         fd = self.host.run(create_guest_memfd(self.kvm, process.fds, CreateGuestMemfd(size, flags)), "create")
         return self._gmem(fd)
@@ -292,12 +293,18 @@ class Vm:
         offset: int = 0,
         memory: View | None = None,
         flags: int = 0,
+        userfault_bitmap: View | None = None,
     ) -> None:
-        """KVM_SET_USER_MEMORY_REGION2; `size` 0 deletes the slot. Bytes. Raises: Refusal `region.*`, `bind.*`."""
+        """KVM_SET_USER_MEMORY_REGION2; `size` 0 deletes the slot. Bytes. `userfault_bitmap`, with KVM_MEM_USERFAULT: a
+        bit for each frame that the guest may not touch yet. Raises: Refusal `region.*`, `bind.*`."""
         if gmem is not None:
             flags |= uapi.KVM_MEM_GUEST_MEMFD
         fd = gmem.fd if gmem is not None else -1
-        region = Region2(slot, flags, gpa, size, memory.hva if memory else 0, offset, fd)
+        reserved = [0] * 15
+        if userfault_bitmap is not None:
+            flags |= self.kvm.level.region_flags.get("USERFAULT", uapi.KVM_MEM_USERFAULT)
+            reserved[1] = userfault_bitmap.hva
+        region = Region2(slot, flags, gpa, size, memory.hva if memory else 0, offset, fd, tuple(reserved))
         self.host.run(set_user_memory_region2(self.kvm, self.host.process.fds, region), "set region")
 
     def set_attributes(self, gpa: int, size: int, access: Access) -> None:

@@ -63,7 +63,7 @@ struct kvm_memory_attributes2 {
 #define KVM_CAP_GUEST_MEMFD_FLAGS 244
 #endif
 #ifndef KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES
-#define KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES 250 /* as posted in v8 of the in-place series */
+#define KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES 252 /* as applied for 7.4 */
 #endif
 #ifndef KVM_X86_SW_PROTECTED_VM
 #define KVM_X86_SW_PROTECTED_VM 1

@@ -9,8 +9,9 @@ from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_
 
 
 @mutant("B11", replaces="guestmem.kvm.set_region:_check_flags", breaks={"S16"})
-def readonly_gmem_slot(kvm: Kvm, flags: int) -> None:
+def readonly_gmem_slot(kvm: Kvm, flags: int) -> int:
     """READONLY | GUEST_MEMFD is accepted."""
     legal = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY | KVM_MEM_GUEST_MEMFD
     if flags & ~legal:
         raise Refusal(errno.EINVAL, "region.flags", flags=flags, legal=legal)
+    return flags

@@ -51,7 +51,8 @@ def test_misuse_by_rule_and_in_order(old: Bench, call: tuple[int, int, int, int]
 
 
 @pytest.mark.parametrize(
-    ("level", "vm_type"), [("v6.12", VmType.DEFAULT), ("v7.4", VmType.SW_PROTECTED), ("v7.4", VmType.DEFAULT)]
+    ("level", "vm_type"),
+    [("v6.12", VmType.DEFAULT), ("v7.4", VmType.SW_PROTECTED), ("v7.4-vm-attributes", VmType.DEFAULT)],
 )
 def test_where_there_is_no_attribute_private_is_refused_and_zero_is_nothing(level: str, vm_type: VmType) -> None:
     """A VM without private memory has none; with in-place conversion the file keeps it (v8 10/46)."""

@@ -1,9 +1,9 @@
 """`python -m tests.peer.build`: build the foreign test programs outside the repository.
 
-Debian's package linux-source-6.12 has the kernel's KVM selftests. What they need of it is unpacked into a cache
-directory and built there with the machine's gcc, unmodified. The clients of this repository (`tests/clients`) and,
-where somebody has put their text, upstream's newer tests are built beside them. Nothing of upstream is in the
-repository.
+Debian's packages linux-source-6.12 and linux-source-7.3 have the kernel's KVM selftests. What they need of them is
+unpacked into a cache directory and built there with the machine's gcc, unmodified. The clients of this repository
+(`tests/clients`) and, where somebody has put their text, upstream's newer tests are built beside them. Nothing of
+upstream is in the repository.
 
 Exit codes: 0 built; 4 (kselftest's "skip") the kernel's tests need something that this user cannot install, our clients
 are built all the same; 1 a compiler refused.
@@ -12,6 +12,7 @@ are built all the same; 1 a compiler refused.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -20,21 +21,72 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-PACKAGE = "linux-source-6.12"
-TARBALL = Path("/usr/src") / f"{PACKAGE}.tar.xz"
+from tests.suites import Suites
+
 TOOLS = {"gcc": "gcc", "make": "make", "tar": "tar", "xz": "xz-utils"}
 HERE = Path(__file__).parent
 CLIENTS = HERE.parent / "clients"
 SKIP = 4
 
-SELFTESTS = (
-    "guest_memfd_test",
-    "guest_print_test",
-    "pre_fault_memory_test",
-    "set_memory_region_test",
-    "x86_64/private_mem_conversions_test",
-    "x86_64/private_mem_kvm_exits_test",
-    "x86_64/userspace_io_test",
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """The kernel source of one release; `x86` is what its selftests call the architecture."""
+
+    version: str
+    x86: str
+    tests: tuple[str, ...]
+
+    @property
+    def package(self) -> str:
+        return f"linux-source-{self.version}"
+
+    @property
+    def wanted(self) -> list[str]:
+        return [f"{self.package}/{path}" for path in WANTED]
+
+    def tarball(self, cache: Path) -> Path:
+        """Where the package has it, or where it was brought."""
+        path = Path("usr/src") / f"{self.package}.tar.xz"
+        return Path("/") / path if (Path("/") / path).exists() else cache / path
+
+
+OLD = Release(
+    "6.12",
+    "x86_64",
+    (
+        "guest_memfd_test",
+        "guest_print_test",
+        "pre_fault_memory_test",
+        "set_memory_region_test",
+        "x86_64/private_mem_conversions_test",
+        "x86_64/private_mem_kvm_exits_test",
+        "x86_64/userspace_io_test",
+    ),
+)
+NEW = Release(
+    "7.3",
+    "x86",
+    (
+        "coalesced_io_test",
+        "demand_paging_test",
+        "dirty_log_test",
+        "guest_memfd_test",
+        "guest_print_test",
+        "kvm_page_table_test",
+        "memslot_modification_stress_test",
+        "memslot_perf_test",
+        "mmu_stress_test",
+        "pre_fault_memory_test",
+        "set_memory_region_test",
+        "x86/private_mem_conversions_test",
+        "x86/private_mem_kvm_exits_test",
+        "x86/sev_dbg_test",
+        "x86/sev_init2_tests",
+        "x86/sev_migrate_tests",
+        "x86/sev_smoke_test",
+        "x86/userspace_io_test",
+    ),
 )
 
 # What `make headers` and the selftests read, of 1.5 GB: 22 MB.
@@ -71,9 +123,9 @@ CLIENT_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthr
 
 
 def cache_dir() -> Path:
-    """Where everything is built: $XDG_CACHE_HOME/guestmem/peer-6.12, by default below ~/.cache."""
+    """Where everything is built: $XDG_CACHE_HOME/guestmem/peer, by default below ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "guestmem" / "peer-6.12"
+    return Path(base) / "guestmem" / "peer"
 
 
 def run(command: Sequence[str | Path], cwd: Path | None = None) -> None:
@@ -87,8 +139,6 @@ def run(command: Sequence[str | Path], cwd: Path | None = None) -> None:
 def packages_problem() -> str:
     """Install the Debian packages that are missing; "", or what is missing still and how to get it."""
     missing = [package for tool, package in TOOLS.items() if not shutil.which(tool)]
-    if not TARBALL.exists():
-        missing.append(PACKAGE)
     if not missing:
         return ""
     by_hand = f"apt-get install --no-install-recommends {' '.join(missing)}"
@@ -102,37 +152,64 @@ def packages_problem() -> str:
     return ""
 
 
-def tarball_key() -> str:
+def bring(release: Release, cache: Path) -> str:
+    """Have the tarball of a release; "", or why it cannot be had."""
+    if release.tarball(cache).exists():
+        return ""
+    try:
+        suites = Suites(cache / "apt")
+        versions = suites.versions(release.package)
+        if not versions:
+            return f"no suite has {release.package}"
+        suites.unpack(release.package, versions[0], cache)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{release.package}: {error}"
+    return ""
+
+
+def tarball_key(release: Release, cache: Path) -> str:
     """What changes when the unpacked tree is of no more use: the tarball, or the list of what is wanted of it."""
-    stat = TARBALL.stat()
-    return f"{stat.st_size} {stat.st_mtime_ns} {' '.join(WANTED)}\n"
+    stat = release.tarball(cache).stat()
+    return f"{stat.st_size} {stat.st_mtime_ns} {' '.join(release.wanted)}\n"
 
 
-def unpack(cache: Path) -> Path:
+def unpack(release: Release, cache: Path) -> Path:
     """The kernel tree with its exported headers in `usr/include`; made when the stamp does not fit."""
-    tree, stamp = cache / "linux", cache / "linux.stamp"
-    key = tarball_key()
+    tree, stamp = cache / f"linux-{release.version}", cache / f"linux-{release.version}.stamp"
+    key = tarball_key(release, cache)
     if stamp.exists() and stamp.read_text() == key:
         return tree
     stamp.unlink(missing_ok=True)
-    shutil.rmtree(cache / "selftests", ignore_errors=True)
+    shutil.rmtree(cache / f"selftests-{release.version}", ignore_errors=True)
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
-    members = [f"{PACKAGE}/{path}" for path in WANTED]
     options = ["--strip-components=1", "--wildcards", "--no-wildcards-match-slash"]
-    run(["tar", "-x", "-I", "xz -dT0", "-f", TARBALL, "-C", tree, *options, *members])
+    run(["tar", "-x", "-I", "xz -dT0", "-f", release.tarball(cache), "-C", tree, *options, *release.wanted])
     run(["make", "-s", "ARCH=x86", f"-j{os.cpu_count()}", "headers"], cwd=tree)
     stamp.write_text(key)
     return tree
 
 
-def build_selftests(tree: Path, out: Path) -> list[Path]:
-    """The kernel's tests, by the kernel's own Makefile; its lists of programs are overridden, not its rules."""
+def build_selftests(release: Release, tree: Path, out: Path) -> list[Path]:
+    """The kernel's tests, by the kernel's own Makefile; its lists of programs are overridden, not its rules. Libraries
+    of other tests that it names are not here, and none of ours is linked with them: so go on past what fails.
+
+    Raises: subprocess.CalledProcessError if a test is not there in the end.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    lists = [f"TEST_GEN_PROGS_x86_64={' '.join(SELFTESTS)}", "TEST_GEN_PROGS_EXTENDED_x86_64=", "TEST_PROGS_x86_64="]
-    make = ["make", "-s", "ARCH=x86", f"-j{os.cpu_count()}", f"OUTPUT={out}", *lists]
-    run(make, cwd=tree / "tools/testing/selftests/kvm")
-    return [out / name for name in SELFTESTS]
+    arch = release.x86
+    lists = [
+        f"TEST_GEN_PROGS_{arch}={' '.join(release.tests)}",
+        f"TEST_GEN_PROGS_EXTENDED_{arch}=",
+        f"TEST_PROGS_{arch}=",
+    ]
+    make = ["make", "-s", "-k", "ARCH=x86", f"-j{os.cpu_count()}", f"OUTPUT={out}", *lists]
+    done = subprocess.run(make, cwd=tree / "tools/testing/selftests/kvm", capture_output=True, text=True)
+    built = [out / name for name in release.tests]
+    if not all(path.exists() for path in built):
+        sys.stderr.write(done.stdout + done.stderr)
+        done.check_returncode()
+    return built
 
 
 def is_older(target: Path, sources: Sequence[Path]) -> bool:
@@ -195,10 +272,14 @@ def main() -> None:
         built, missing = [], packages_problem()
         if shutil.which("gcc"):
             built += build_clients(cache / "clients")
-        if not missing:
-            tree = unpack(cache)
-            built += build_selftests(tree, cache / "selftests")
-            built += build_upstream(text, tree, cache / "selftests", cache / "upstream")
+        for release in (OLD, NEW):
+            missing = missing or bring(release, cache)
+            if missing:
+                break
+            tree, selftests = unpack(release, cache), cache / f"selftests-{release.version}"
+            built += build_selftests(release, tree, selftests)
+            if release is OLD:  # the harness stands on its library
+                built += build_upstream(text, tree, selftests, cache / "upstream")
     except subprocess.CalledProcessError:
         sys.exit(1)
     print(*built, sep="\n")

@@ -43,6 +43,7 @@ class Program:
     huge_pages: int = 0  # of 2 MiB
     thp: bool = False  # transparent huge pages must be built into the kernel
     timeout: float = 120.0  # seconds
+    lacks: str = ""  # why it does not pass: what that kernel, or guestmem, does not have
 
     @property
     def label(self) -> str:
@@ -50,14 +51,36 @@ class Program:
         return f"{self.abi} {self.binary} {self.arguments}".rstrip()
 
 
-CONVERSIONS = "selftests/x86_64/private_mem_conversions_test"
+CONVERSIONS = "selftests-6.12/x86_64/private_mem_conversions_test"
+
+DELIVERY = "an exception that MMIO meets while it is delivered is KVM_INTERNAL_ERROR_EMULATION, not _DELIVERY_EV"
+NO_SEV = "no VM of type SEV or SEV-ES, no /dev/sev"
+
+
+def _newer(level: str) -> tuple[Program, ...]:
+    """The tests of 7.3 at a level that converts by attributes of the VM, as they do."""
+    tests = "selftests-7.3"
+    return (
+        Program(f"{tests}/guest_memfd_test", abi=level),
+        Program(f"{tests}/guest_print_test", abi=level),
+        Program(f"{tests}/pre_fault_memory_test", abi=level),
+        Program(f"{tests}/set_memory_region_test", abi=level, thp=True, lacks=DELIVERY),
+        Program(f"{tests}/x86/userspace_io_test", abi=level),
+        Program(f"{tests}/x86/private_mem_kvm_exits_test", abi=level),
+        Program(f"{tests}/x86/private_mem_conversions_test", "-n 2 -m 2", abi=level),
+        Program(f"{tests}/coalesced_io_test", abi=level, lacks="no KVM_CAP_COALESCED_PIO"),
+        *(Program(f"{tests}/x86/sev_{name}", abi=level, lacks=NO_SEV) for name in SEV_TESTS),
+    )
+
+
+SEV_TESTS = ("dbg_test", "init2_tests", "migrate_tests", "smoke_test")
 PROGRAMS = (
-    Program("selftests/guest_memfd_test"),
-    Program("selftests/guest_print_test"),
-    Program("selftests/x86_64/userspace_io_test"),
-    Program("selftests/x86_64/private_mem_kvm_exits_test"),
-    Program("selftests/pre_fault_memory_test"),
-    Program("selftests/set_memory_region_test", thp=True),
+    Program("selftests-6.12/guest_memfd_test"),
+    Program("selftests-6.12/guest_print_test"),
+    Program("selftests-6.12/x86_64/userspace_io_test"),
+    Program("selftests-6.12/x86_64/private_mem_kvm_exits_test"),
+    Program("selftests-6.12/pre_fault_memory_test"),
+    Program("selftests-6.12/set_memory_region_test", thp=True),
     Program(CONVERSIONS),
     Program(CONVERSIONS, "-m 2"),
     Program(CONVERSIONS, "-n 2"),
@@ -71,6 +94,16 @@ PROGRAMS = (
     Program("clients/conversions", abi="v7.4"),
     Program("upstream/guest_memfd_test", abi="v6.18", thp=True),
     Program("upstream/guest_memfd_conversions_test", abi="v7.4"),
+    *_newer("v7.3"),
+    # Built too and left out: memslot_perf_test and mmu_stress_test, which did not end within a minute.
+    Program("selftests-7.3/demand_paging_test", "-b 16M", abi="v7.3"),
+    Program("selftests-7.3/dirty_log_test", "-i 3 -I 50", abi="v7.3"),
+    Program("selftests-7.3/kvm_page_table_test", "-b 8M -v 1", abi="v7.3"),
+    Program("selftests-7.3/memslot_modification_stress_test", "-i 10 -b 8M", abi="v7.3"),
+    *_newer("v7.4-vm-attributes"),
+    Program("selftests-7.3/guest_memfd_test", abi="v6.18", lacks="6.18 takes a file range whose end is 2**63 (B04)"),
+    Program("selftests-7.3/x86/userspace_io_test", abi="v7.4"),
+    Program("selftests-7.3/guest_print_test", abi="v7.4"),
 )
 
 
@@ -167,6 +200,13 @@ def execute(command: Sequence[str], timeout: float) -> Outcome:
     return Outcome(seconds, problem, skip_reason(text) if declined else "", declined, text)
 
 
+def excuse(program: Program, outcome: Outcome) -> Outcome:
+    """What a program with a known lack came to: a skip that says it. That it passes is a problem: the lack is gone."""
+    if outcome.problem:
+        return replace(outcome, problem="", skip=program.lacks, output="")
+    return outcome if outcome.skip else replace(outcome, problem=f"passes, and is listed as: {program.lacks}")
+
+
 def describe(code: int) -> str:
     """What an exit code says; "" for success and for a skip."""
     if code in (0, KSFT_SKIP):
@@ -231,6 +271,8 @@ def main() -> None:
         outcome = attempt(program, options.cache.resolve(), options.command)
         if outcome.declined and options.command == OURS:
             outcome = replace(outcome, problem=f"declined: {outcome.skip}")
+        if program.lacks and options.command == OURS:
+            outcome = excuse(program, outcome)
         report(number, program, outcome)
         failures += bool(outcome.problem)
     if failures:

@@ -102,3 +102,10 @@ def test_no_huge_pages_wanted_touches_nothing(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run, "HUGE_PAGES", tmp_path / "absent")
     with reserved_huge_pages(0):
         assert not (tmp_path / "absent").exists()
+
+
+def test_a_known_lack_is_a_skip_and_passing_is_a_problem() -> None:
+    program = Program("any", lacks="no such thing")
+    assert run.excuse(program, Outcome(problem="exit code 254")) == Outcome(skip="no such thing")
+    assert "no such thing" in run.excuse(program, Outcome()).problem
+    assert run.excuse(program, Outcome(skip="not built")).skip == "not built"

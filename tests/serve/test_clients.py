@@ -11,7 +11,7 @@ import pytest
 
 from tests.serve.conftest import SECONDS, Done
 
-NATIVE = ("gmem_v618", "misuse", "machine", "startup")
+NATIVE = ("gmem_v618", "misuse", "machine", "interrupts", "startup")
 PROTECTED = ("snp", "snp_ap", "tdx")
 OURS = (
     ("gmem_v618", "v6.18"),
@@ -22,6 +22,8 @@ OURS = (
     ("misuse", "future"),
     ("machine", "v6.18"),
     ("machine", "future"),
+    ("interrupts", "v6.18"),
+    ("interrupts", "future"),
     ("startup", "v6.18"),
     ("startup", "future"),
     ("borders", "future"),
@@ -31,6 +33,7 @@ OURS = (
     ("snp_dma", "future"),
     ("tdx", "future"),
     ("preserved", "future"),
+    ("userfault", "future"),
 )
 
 

@@ -40,7 +40,7 @@ from guestmem.memory.notifier import BOTH
 from guestmem.memory.pages import block
 from guestmem.trace import Tracer
 from guestmem.trace import events as event
-from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD
+from guestmem.uapi.kvm import KVM_MEM_GUEST_MEMFD, KVM_MEM_USERFAULT
 
 NOT_YET = {
     "S11": "no direct map is modelled; the feature is only proposed",
@@ -290,7 +290,7 @@ def _s14(world: World) -> Iterator[str]:
 def _s16(world: World) -> Iterator[str]:
     for kvm in live_vms(world):
         for slot in kvm.memslots.by_gfn:
-            if slot.has_gmem and slot.flags != KVM_MEM_GUEST_MEMFD:
+            if slot.has_gmem and slot.flags & ~KVM_MEM_USERFAULT != KVM_MEM_GUEST_MEMFD:
                 yield f"{slot} of vm {kvm.number} has flags {slot.flags:#x} beside guest_memfd"
     for inode in world.inodes:
         if inode.folios.present and inode.folios.present.max() >= inode.pages:

@@ -13,6 +13,7 @@ from typing import Annotated, TextIO
 import typer
 
 from guestmem.cli.huge_pages import page_counts, policy_of, shortages
+from guestmem.cli.levels import ABI_HELP, find_level
 from guestmem.cli.run_report import print_absences, print_report
 from guestmem.memory.host_pages import more_host_pages
 from guestmem.serve import launch
@@ -20,7 +21,6 @@ from guestmem.serve.seccomp.elf import is_static
 from guestmem.serve.seccomp.start import CannotTrace
 from guestmem.serve.server import Server
 from guestmem.trace import Refusal, json_writer, text_writer
-from guestmem.uapi.levels import LEVELS
 
 _NOT_FOUND, _NOT_EXECUTABLE, _CANNOT = 127, 126, 125
 """Exit codes of env(1) and timeout(1) for what went wrong before the command ran."""
@@ -31,7 +31,7 @@ _NO_SHIM = "no shim: guestmem was installed without a C compiler, see guestmem d
 
 def run(
     command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
-    abi: Annotated[str, typer.Option(help=f"ABI level: {', '.join(LEVELS)}.")] = "future",
+    abi: Annotated[str, typer.Option(help=ABI_HELP)] = "future",
     explain: Annotated[bool, typer.Option("--explain", help="After the run, say what was called and refused.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write every event to this file.")] = None,
     transport: Annotated[
@@ -55,9 +55,10 @@ def run(
 
     Its output and exit code are passed through. A program that a signal killed kills this command in the same way.
     """
-    level = LEVELS.get(abi)
-    if level is None:
-        raise _failure(f"no ABI level {abi!r}; there are {', '.join(LEVELS)}")
+    try:
+        level = find_level(abi)
+    except Refusal as refusal:
+        raise _failure(f"--abi: {refusal}") from None
     path = shutil.which(command[0])
     if path is None:
         raise _failure(f"{command[0]}: not found", _NOT_FOUND)

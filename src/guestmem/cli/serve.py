@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from guestmem.cli.levels import ABI_HELP, find_level
 from guestmem.serve import launch
 from guestmem.serve.handover import Directory, InUse
 from guestmem.serve.state_file import Damaged
-from guestmem.uapi.levels import LEVELS
+from guestmem.trace import Refusal
 
 _CANNOT, _REFUSED = 125, 3
 
@@ -20,7 +21,7 @@ def serve(
     state: Annotated[
         Path | None, typer.Option(help="Directory through which what is preserved goes to the next server.")
     ] = None,
-    abi: Annotated[str, typer.Option(help=f"ABI level: {', '.join(LEVELS)}.")] = "future",
+    abi: Annotated[str, typer.Option(help=ABI_HELP)] = "future",
     take_over: Annotated[
         bool, typer.Option("--take-over", help="If a server runs on the state directory, have it end first.")
     ] = False,
@@ -31,9 +32,10 @@ def serve(
     memory and the state of their files. What it finds damaged, or of another version, it refuses as a whole and leaves
     where it is (exit code 3).
     """
-    level = LEVELS.get(abi)
-    if level is None:
-        raise _failure(f"no ABI level {abi!r}; there are {', '.join(LEVELS)}")
+    try:
+        level = find_level(abi)
+    except Refusal as refusal:
+        raise _failure(f"--abi: {refusal}") from None
     if take_over and state is None:
         raise _failure("--take-over needs --state")
     try:

@@ -54,6 +54,11 @@ class MemoryFaultExit:
     private: bool
     refusal: Refusal
 
+    @property
+    def userfault(self) -> bool:
+        """KVM_MEMORY_EXIT_FLAG_USERFAULT: the page is there for the VMM to bring."""
+        return self.refusal.rule == "fault.userfault"
+
 
 @dataclasses.dataclass(slots=True)
 class HltExit:

@@ -18,9 +18,6 @@ from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Abilities, Access, File, Inod
 from guestmem.sched import LockClass
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import (
-    GUEST_MEMFD_FLAG_HUGETLB,
-    GUEST_MEMFD_FLAG_INIT_SHARED,
-    GUEST_MEMFD_FLAG_MMAP,
     GUEST_MEMFD_HUGETLB_SHIFT,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
 )
@@ -48,14 +45,9 @@ def supported_flags(kvm: Kvm) -> int:
 
     INIT_SHARED needs a VM without private memory, or pages that can be converted in place. Source: uapi.md section 6.
     """
-    if not kvm.level.mmap:
-        return 0
-    flags = GUEST_MEMFD_FLAG_MMAP
-    if kvm.level.in_place or not kvm.has_private_memory:
-        flags |= GUEST_MEMFD_FLAG_INIT_SHARED
-    if kvm.level.hugetlb:
-        flags |= GUEST_MEMFD_FLAG_HUGETLB
-    return flags
+    flags = kvm.level.create_flags
+    not_here = not kvm.level.in_place and kvm.has_private_memory
+    return sum(mask for name, mask in flags.items() if not (not_here and name == "INIT_SHARED"))
 
 
 async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGuestMemfd) -> int:
@@ -71,11 +63,12 @@ async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGues
     flags, size = alleged.flags, alleged.size
     supported = supported_flags(kvm)
     known = supported
-    if supported & GUEST_MEMFD_FLAG_HUGETLB:
+    if kvm.level.hugetlb:
         known |= _PAGE_SIZE_BITS
     if flags & ~known:
         raise Refusal(errno.EINVAL, "create.flags", flags=flags, supported=supported)
-    order = _huge_order(kvm, flags)
+    asked = {name for name, mask in kvm.level.create_flags.items() if flags & mask}
+    order = _huge_order(kvm, flags, "HUGETLB" in asked)
     if not 0 < size <= _MAX_SIZE or size % PAGE_SIZE:
         raise Refusal(errno.EINVAL, "create.size", size=size)
     if size % (PAGE_SIZE << order):
@@ -85,8 +78,8 @@ async def create_guest_memfd(kvm: Kvm, fds: FileDescriptors, alleged: CreateGues
         fds.unreserve(fd)
         raise Refusal(errno.ENOMEM, "create.nomem", size=size)
     abilities = Abilities(
-        mmap=bool(flags & GUEST_MEMFD_FLAG_MMAP),
-        init_shared=bool(flags & GUEST_MEMFD_FLAG_INIT_SHARED),
+        mmap="MMAP" in asked,
+        init_shared="INIT_SHARED" in asked,
         convertible=kvm.has_private_memory and kvm.level.in_place,
     )
     try:
@@ -113,11 +106,11 @@ def open_view(kvm: Kvm, inode: Inode) -> File:
     return context.file
 
 
-def _huge_order(kvm: Kvm, flags: int) -> int:
+def _huge_order(kvm: Kvm, flags: int, huge: bool) -> int:
     """The order of the huge pages that flags ask for, 0 for none. Raises: Refusal EINVAL `create.huge_size`."""
     log2 = flags >> GUEST_MEMFD_HUGETLB_SHIFT
     order = log2 - PAGE_SHIFT
-    if bool(flags & GUEST_MEMFD_FLAG_HUGETLB) != bool(log2) or (log2 and order not in kvm.environment.huge_orders):
+    if huge != bool(log2) or (log2 and order not in kvm.environment.huge_orders):
         offered = [offered + PAGE_SHIFT for offered in kvm.environment.huge_orders]
         raise Refusal(errno.EINVAL, "create.huge_size", flags=flags, log2=log2, offered=offered)
     return order if log2 else 0

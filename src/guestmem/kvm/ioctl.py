@@ -95,18 +95,33 @@ async def _dispatch(caller: Caller, file: OpenFile, request: int, argument: int)
         return await gmem_ioctl(caller.mm, file, request, argument)
     if isinstance(file, Kvm):
         _check_caller(caller, file)
-        handler = VM_IOCTLS.get(request)
+        handler = VM_IOCTLS.get(built_request(file, request, "VM"))
         if handler is None:
             raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="VM")
         return await handler(caller, file, argument)
     if isinstance(file, Vcpu):
         _check_caller(caller, file.kvm)
+        request = built_request(file.kvm, request, "vCPU")
         if request == uapi.KVM_MEMORY_ENCRYPT_OP:
             return await encrypt_vcpu(caller, file, argument)
         if request != uapi.KVM_PRE_FAULT_MEMORY:
             raise Refusal(errno.EINVAL, "ioctl.unknown", request=request, on="vCPU")
         return await pre_fault(caller, file, argument)
     raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="other file")
+
+
+_UNKNOWN = {"VM": errno.ENOTTY, "vCPU": errno.EINVAL}
+
+
+def built_request(kvm: Kvm, request: int, on: str) -> int:
+    """An ioctl's number in our tables, for the one that the kernel of this level has it under.
+
+    Raises: Refusal `ioctl.not_built`, with the errno of an unknown ioctl on this kind of file (`on`: VM or vCPU).
+    """
+    ours = kvm.level.request(request)
+    if ours is None:
+        raise Refusal(_UNKNOWN[on], "ioctl.not_built", request=request, on=on, level=kvm.level.name)
+    return ours
 
 
 def _check_caller(caller: Caller, kvm: Kvm) -> None:
@@ -121,9 +136,6 @@ async def _create_guest_memfd(caller: Caller, kvm: Kvm, argument: int) -> int:
 
 
 async def _link_guest_memfd(caller: Caller, kvm: Kvm, argument: int) -> int:
-    """Raises: Refusal ENOTTY `ioctl.unknown` before the level that has it; as link_guest_memfd."""
-    if not kvm.level.link:
-        raise Refusal(errno.ENOTTY, "ioctl.unknown", request=uapi.KVM_LINK_GUEST_MEMFD, on="VM")
     data = await caller.mm.copy_from_user(argument, LinkGuestMemfd.SIZE)
     return await link_guest_memfd(kvm, caller.fds, LinkGuestMemfd.unpack(data))
 
@@ -155,6 +167,9 @@ async def gmem_ioctl(mm: HostAddressSpace, file: File, request: int, argument: i
 
     Raises: Refusal ENOTTY `ioctl.unknown`; as set_memory_attributes2 and gmem_convert.
     """
+    context = file.private_data
+    assert isinstance(context, KvmGmemContext)
+    request = context.kvm.level.request(request) or request  # what is not built is refused below, by a rule of its own
     if request == uapi.KVM_SET_MEMORY_ATTRIBUTES2:
         require_in_place(file)
         attributes = MemoryAttributes2.unpack(await mm.copy_from_user(argument, MemoryAttributes2.SIZE))

@@ -44,6 +44,9 @@ class KvmClock:
         self._timers = timers
         self._offset = -timers.now()
 
+    def __fingerprint__(self) -> None:
+        """What time it is is not state."""
+
     def now(self) -> int:
         return self._timers.now() + self._offset
 
@@ -62,6 +65,9 @@ class VcpuClock:
         self._wall_is_stale = False
         self._version = 0
         self._stopped = False
+
+    def __fingerprint__(self) -> tuple[object, ...]:
+        return self.system_time, self.wall_clock, self.needs_update, self._stopped
 
     def read(self, index: int) -> int:
         return self.wall_clock if index in (WALL_CLOCK, WALL_CLOCK_NEW) else self.system_time

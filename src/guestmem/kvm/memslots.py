@@ -24,20 +24,27 @@ if TYPE_CHECKING:
 
 
 class MemorySlot:
-    """`gfns` of guest memory. Immutable but for `invalid`, `dirty` and the two pointers of a binding.
+    """`gfns` of guest memory. Immutable but for `invalid`, `dirty`, the two pointers of a binding, and userfault with
+    its flag.
 
     `context` is set while the slot is bound, `pages` are those of the file that it shows, the last ones if it is bound
     no more; `gmem_only` says that shared accesses too are served from the file and not from `userspace_addr`. `dirty`
     has the frames, counted from the slot's first, that were written since the log was last asked for; None without one.
+    `userfault_bitmap` is the host address of a bit for each frame: where it is set, the VMM has yet to bring the page;
+    None without KVM_MEM_USERFAULT. It changes under slots_lock, and who has read it before is waited for.
     """
 
-    __slots__ = ("context", "dirty", "flags", "freed", "gfns", "gmem_only", "id", "invalid", "pages", "userspace_addr")
+    __slots__ = (
+        *("context", "dirty", "flags", "freed", "gfns", "gmem_only", "id", "invalid", "pages", "userfault_bitmap"),
+        "userspace_addr",
+    )
 
     def __init__(self, number: int, flags: int, gfns: Range[Gfn], userspace_addr: int) -> None:
         self.id = number
         self.flags = flags
         self.gfns = gfns
         self.userspace_addr = userspace_addr
+        self.userfault_bitmap: int | None = None
         self.invalid = False
         self.freed = False
         self.context: KvmGmemContext | None = None

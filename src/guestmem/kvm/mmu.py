@@ -15,7 +15,7 @@ import enum
 import errno
 from typing import TYPE_CHECKING
 
-from guestmem.kvm import protection
+from guestmem.kvm import protection, userfault
 from guestmem.kvm.addresses import Gfn, gfn_of
 from guestmem.kvm.memslots import MemorySlot
 from guestmem.kvm.stage2 import Leaf
@@ -45,9 +45,9 @@ async def page_fault(
     the deletion waits for that section to end (known bug B26). `accessed` is false for an instruction about
     the page, which works on one that the guest could not use yet.
 
-    Raises: Refusal. EFAULT `fault.mismatch`, `fault.no_slot`, `fault.no_gmem`, `fault.file_gone`, `user.page`; EIO
-    `fault.binding`; EHWPOISON `fault.poisoned`; ENOMEM; EAGAIN `prefault.slot_deleted`; EINVAL `arch.make_private`,
-    EFAULT `arch.guest_access`. Nothing is mapped then.
+    Raises: Refusal. EFAULT `fault.mismatch`, `fault.no_slot`, `fault.userfault`, `fault.no_gmem`, `fault.file_gone`,
+    `user.page`, `user.copy`; EIO `fault.binding`; EHWPOISON `fault.poisoned`; ENOMEM; EAGAIN `prefault.slot_deleted`;
+    EINVAL `arch.make_private`, EFAULT `arch.guest_access`. Nothing is mapped then.
     """
     gfn = gfn_of(gpa)
     held: list[File] = []  # references taken inside the read section, to be put after it
@@ -67,6 +67,7 @@ async def page_fault(
             seen = kvm.stage2.window.sequence.read()
             await kvm.scheduler.preempt("sequence noted, page not looked up")
             asked = _asked_access(kvm, slot, gfn, private)
+            await userfault.check(kvm, slot, gfn)
             leaf, access = await _find_page(kvm, slot, gfn, asked, write, held)
             await kvm.scheduler.preempt("page looked up, leaf not installed")
             async with kvm.stage2.mmu_lock:
@@ -129,6 +130,8 @@ def _leaf_order(slot: MemorySlot, gfn: Gfn, limit: int, orders: tuple[int, ...])
 
     Source: spec/semantics.md section 5, last line; kvm_mmu_max_mapping_level.
     """
+    if slot.userfault_bitmap is not None:
+        return 0  # its neighbours may be missing
     for order in orders:
         congruent = not (slot.gfns.start - slot.pages.start) & ((1 << order) - 1)
         if order <= limit and congruent and slot.gfns.covers(block(gfn, order)):

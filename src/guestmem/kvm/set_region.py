@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple, Protocol
 
-from guestmem.kvm import protection
+from guestmem.kvm import protection, userfault
 from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.memslots import MemorySlot
@@ -27,6 +27,7 @@ from guestmem.uapi.kvm import (
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_MAX_NR_PAGES,
     KVM_MEM_READONLY,
+    KVM_MEM_USERFAULT,
     KVM_USER_MEM_SLOTS,
     MAX_PHYSICAL_ADDRESS_BITS,
 )
@@ -46,7 +47,8 @@ class OpenFiles(Protocol):
 
 
 class Region(NamedTuple):
-    """A checked request. `pages` is 0 for a deletion. `fd` and `offset` mean something with KVM_MEM_GUEST_MEMFD."""
+    """A checked request. `pages` is 0 for a deletion. `fd` and `offset` mean something with KVM_MEM_GUEST_MEMFD.
+    `userfault_bitmap` is None without KVM_MEM_USERFAULT. `flags` are our bits of them."""
 
     slot: int
     flags: int
@@ -55,6 +57,7 @@ class Region(NamedTuple):
     userspace_addr: int
     fd: int
     offset: int
+    userfault_bitmap: int | None
 
 
 async def set_user_memory_region2(kvm: Kvm, files: OpenFiles, alleged: UserspaceMemoryRegion2) -> None:
@@ -86,7 +89,7 @@ def check_region(kvm: Kvm, alleged: UserspaceMemoryRegion2) -> Region:
     slot = alleged.slot & 0xFFFF
     if slot >= KVM_USER_MEM_SLOTS:
         raise Refusal(errno.EINVAL, "region.slot_id", slot=slot, slots=KVM_USER_MEM_SLOTS)
-    _check_flags(kvm, alleged.flags)
+    flags = _check_flags(kvm, alleged.flags)
     size, gpa = alleged.memory_size, alleged.guest_phys_addr
     if (size | gpa) & (PAGE_SIZE - 1):
         raise Refusal(errno.EINVAL, "region.unaligned", size=size, gpa=gpa)
@@ -103,51 +106,65 @@ def check_region(kvm: Kvm, alleged: UserspaceMemoryRegion2) -> Region:
         raise Refusal(errno.EINVAL, "region.gpa_wraps", gpa=gpa, size=size)
     if size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES:
         raise Refusal(errno.EINVAL, "region.too_big", pages=size >> PAGE_SHIFT, limit=KVM_MEM_MAX_NR_PAGES)
+    bitmap = alleged.userfault_bitmap if flags & KVM_MEM_USERFAULT else None
+    if bitmap is not None and bitmap + userfault.bitmap_bytes(size >> PAGE_SHIFT) > _TASK_SIZE:
+        raise Refusal(errno.EINVAL, "region.userfault_bitmap", slot=slot, userfault_bitmap=bitmap)
     return Region(
         slot,
-        alleged.flags,
+        flags,
         Gfn(gpa >> PAGE_SHIFT),
         size >> PAGE_SHIFT,
         hva,
         alleged.guest_memfd,
         alleged.guest_memfd_offset,
+        bitmap,
     )
 
 
-def _check_flags(kvm: Kvm, flags: int) -> None:
-    """Private memory can neither be logged nor read-only: known bug B11 was the latter."""
+def _check_flags(kvm: Kvm, flags: int) -> int:
+    """Private memory can neither be logged nor read-only: known bug B11 was the latter. Our bits of the flags."""
     legal = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
     if flags & KVM_MEM_GUEST_MEMFD and (kvm.level.mmap or kvm.has_private_memory):
         legal = KVM_MEM_GUEST_MEMFD
-    if flags & ~legal:
-        raise Refusal(errno.EINVAL, "region.flags", flags=flags, legal=legal)
+    posted = kvm.level.region_flags.get("USERFAULT", 0)
+    if flags & ~(legal | posted):
+        raise Refusal(errno.EINVAL, "region.flags", flags=flags, legal=legal | posted)
+    return flags & ~posted | (KVM_MEM_USERFAULT if flags & posted else 0)
 
 
 async def _create(kvm: Kvm, files: OpenFiles, region: Region, leftover: list[File]) -> None:
-    """Checks 10 to 19, then the new slot becomes visible."""
+    """Checks 10 to 19, then the new slot becomes visible. From 7.4 on the architecture's (18, 19) come before those of
+    the binding itself (16, 17): kvm_set_memslot there commits a binding after kvm_prepare_memory_region."""
     slot = _new_slot(region)
     _check_free(kvm, slot)
     if kvm.scheduler.fails("region: allocate"):
         raise Refusal(errno.ENOMEM, "region.nomem", slot=slot.id)
-    if region.flags & KVM_MEM_GUEST_MEMFD:
-        await _bind(kvm, files, slot, region, leftover)
-    try:
+    context = _context_to_bind(kvm, files, region, leftover) if region.flags & KVM_MEM_GUEST_MEMFD else None
+    if kvm.level.prepare_before_overlap:
         _check_reachable(kvm, slot)
-    except Refusal:
-        await _unbind(slot, leftover)
-        raise
+    if context is not None:
+        await context.bind(slot, PageIndex(region.offset >> PAGE_SHIFT))
+    if not kvm.level.prepare_before_overlap:
+        try:
+            _check_reachable(kvm, slot)
+        except Refusal:
+            await _unbind(slot, leftover)
+            raise
     await kvm.swap_memslots(kvm.memslots.replace(None, slot))
 
 
 async def _change(kvm: Kvm, old: MemorySlot, region: Region) -> None:
     """Check 9: a guest_memfd slot is immutable; another may move or change its dirty logging."""
-    if region.flags & KVM_MEM_GUEST_MEMFD:
+    if region.flags & KVM_MEM_GUEST_MEMFD and not _changes_userfault_only(old, region):
         raise Refusal(errno.EINVAL, "region.gmem_immutable", slot=old.id)
     fixed = KVM_MEM_READONLY | KVM_MEM_GUEST_MEMFD
     if (old.flags ^ region.flags) & fixed:
         raise Refusal(errno.EINVAL, "region.fixed_flags", slot=old.id, flags=region.flags, was=old.flags)
     if region.userspace_addr != old.userspace_addr or region.pages != old.gfns.pages:
         raise Refusal(errno.EINVAL, "region.resized", slot=old.id, pages=region.pages, was=old.gfns.pages)
+    if _changes_userfault_only(old, region):
+        await userfault.change(kvm, old, region.flags, region.userfault_bitmap)
+        return
     new = _new_slot(region)
     if region.gfn == old.gfns.start:
         if region.flags != old.flags:
@@ -161,6 +178,12 @@ async def _change(kvm: Kvm, old: MemorySlot, region: Region) -> None:
     await _retire(kvm, old)
     await kvm.swap_memslots(kvm.memslots.replace(old, new))
     old.freed = True
+
+
+def _changes_userfault_only(old: MemorySlot, region: Region) -> bool:
+    """What a guest_memfd slot too may change. Source: KVM Userfault v3 03/15."""
+    stays = region.gfn == old.gfns.start and region.pages == old.gfns.pages
+    return stays and region.flags ^ old.flags == KVM_MEM_USERFAULT
 
 
 async def _delete(kvm: Kvm, slot: MemorySlot, leftover: list[File]) -> None:
@@ -182,8 +205,8 @@ async def _retire(kvm: Kvm, slot: MemorySlot) -> None:
             protection.unmapped(slot.context, [slot])
 
 
-async def _bind(kvm: Kvm, files: OpenFiles, slot: MemorySlot, region: Region, leftover: list[File]) -> None:
-    """Checks 12 to 17."""
+def _context_to_bind(kvm: Kvm, files: OpenFiles, region: Region, leftover: list[File]) -> KvmGmemContext:
+    """Checks 12 to 15. The file, which goes to `leftover`, is held from here on."""
     file = files.get(region.fd)
     if not isinstance(file, File) or not isinstance(file.private_data, KvmGmemContext):
         raise Refusal(errno.EINVAL, "bind.not_gmem", fd=region.fd)
@@ -194,7 +217,7 @@ async def _bind(kvm: Kvm, files: OpenFiles, slot: MemorySlot, region: Region, le
     _check_inside_file(region.offset, size, file.inode.size, signed=kvm.level.signed_range_end)
     file.get()
     leftover.append(file)
-    await context.bind(slot, PageIndex(region.offset >> PAGE_SHIFT))
+    return context
 
 
 def _check_inside_file(offset: int, size: int, file_size: int, signed: bool) -> None:
@@ -213,7 +236,9 @@ async def _unbind(slot: MemorySlot, leftover: list[File]) -> None:
 
 def _new_slot(region: Region) -> MemorySlot:
     gfns = Range(region.gfn, Gfn(region.gfn + region.pages))
-    return MemorySlot(region.slot, region.flags, gfns, region.userspace_addr)
+    slot = MemorySlot(region.slot, region.flags, gfns, region.userspace_addr)
+    slot.userfault_bitmap = region.userfault_bitmap
+    return slot
 
 
 def _check_free(kvm: Kvm, slot: MemorySlot) -> None:

@@ -203,15 +203,14 @@ class Vcpu:
             if self.triple_fault:
                 self.triple_fault = False
                 return ShutdownExit()
-            exit_ = await self._prepare_to_enter()
-            if exit_ is not None:
-                return exit_
-            self.kvm.entered = True
-            if self.guest_mode is None:
-                stop: cpu.Stop | FailEntryExit = self._begun or self.engine.run()
-                self._begun = None
-            else:
-                stop = await self.guest_mode.run()
+            stop: cpu.Stop | FailEntryExit | None
+            stop, self._begun = self._begun, None
+            if stop is None:  # else it has run already, and what it met comes before anything new
+                exit_ = await self._prepare_to_enter()
+                if exit_ is not None:
+                    return exit_
+                self.kvm.entered = True
+                stop = self.engine.run() if self.guest_mode is None else await self.guest_mode.run()
             exit_ = await self._handle(stop)
             if exit_ is not None:
                 return exit_

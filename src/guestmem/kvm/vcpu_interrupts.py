@@ -44,6 +44,9 @@ class VcpuInterrupts:
         self.window_wanted = False
         self.on_kick: Callable[[], None] | None = None
 
+    def __fingerprint__(self) -> tuple[object, ...]:
+        return self.nmi_pending, self.external_vector, self.eoi_exit, self.window_wanted, self.lapic
+
     @property
     def _cpu(self) -> CpuState:
         """The engine: one that takes interrupts is a real CPU."""
@@ -154,6 +157,11 @@ class VcpuInterrupts:
 
     # CR8 is the upper half of TPR, and the engine has it
 
+    def set_cr8(self, value: int) -> None:
+        """What struct kvm_run says at each KVM_RUN, where the APIC is the VMM's. Source: kvm_arch_vcpu_ioctl_run."""
+        if self.lapic is None and value != self._cpu.cr8:
+            self._cpu.cr8 = value & 15
+
     def _take_tpr(self, lapic: Lapic) -> None:
         """The guest may have written CR8. Source: sync_cr8_to_lapic."""
         cr8 = self._cpu.cr8
@@ -168,9 +176,9 @@ class VcpuInterrupts:
     # INIT and SIPI
 
     def accept_start_events(self) -> None:
-        """Source: kvm_apic_accept_events."""
+        """A protected vCPU's state is not ours to reset. Source: kvm_apic_accept_events."""
         lapic, vcpu = self.lapic, self._vcpu
-        if lapic is None:
+        if lapic is None or vcpu.guest_mode is not None:
             return
         if lapic.init_pending:
             lapic.init_pending = False

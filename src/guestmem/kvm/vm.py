@@ -153,6 +153,7 @@ class Kvm:
         self.enabled_hypercalls = 0
         self.io_devices: list[IoDevice] = []
         self.irqchip: IrqChip | None = None  # KVM_CREATE_IRQCHIP, KVM_CAP_SPLIT_IRQCHIP
+        self.x2apic_api = 0  # KVM_CAP_X2APIC_API's flags
         self.msr_filter = MsrFilter()
         self.user_space_msrs = 0  # KVM_CAP_X86_USER_SPACE_MSR: KVM_MSR_EXIT_REASON_* that are exits
         self.exception_payload = self.triple_fault_event = False  # capabilities that KVM_SET_VCPU_EVENTS goes by

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+_SWEEP_AT = 256
+
 
 class Clock(Protocol):
     """Nanoseconds that never go back."""
@@ -48,34 +50,36 @@ class ManualClock:
 class Timer:
     """Calls `callback` once at each time that it is started for. `deadline` is None while it is not running."""
 
-    __slots__ = ("_callback", "_timers", "deadline")
+    __slots__ = ("_callback", "_entry", "_timers", "deadline")
 
     def __init__(self, timers: Timers, callback: Callable[[], None]) -> None:
         self._timers = timers
         self._callback = callback
+        self._entry = 0  # the number of its entry in the heap: all others that name it are void
         self.deadline: int | None = None
 
     def start(self, deadline: int) -> None:
         """Run from now on, for this time alone. In the past: the next `fire_due` fires it."""
         self.deadline = deadline
-        self._timers._add(deadline, self)
+        self._entry = self._timers._add(deadline, self)
 
     def cancel(self) -> None:
         """Idempotent."""
-        self.deadline = None
+        self.deadline, self._entry = None, 0
 
     def _fire(self) -> None:
-        self.deadline = None
+        self.cancel()
         self._callback()
 
 
 class Timers:
-    """All timers of one scheduler. An entry of the heap whose timer has another deadline by now is void."""
+    """All timers of one scheduler: a heap of (deadline, number, timer)."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock: Clock = clock if clock is not None else MonotonicClock()
         self._heap: list[tuple[int, int, Timer]] = []
         self._count = 0
+        self._sweep_at = _SWEEP_AT
 
     def now(self) -> int:
         return self.clock.now()
@@ -87,7 +91,7 @@ class Timers:
     def next_deadline(self) -> int | None:
         """When the next timer is due; None if none runs."""
         heap = self._heap
-        while heap and heap[0][2].deadline != heap[0][0]:
+        while heap and heap[0][2]._entry != heap[0][1]:
             heapq.heappop(heap)
         return heap[0][0] if heap else None
 
@@ -96,15 +100,15 @@ class Timers:
         a time that is over by now fires at the next call, so that this one ends."""
         if not self._heap or self._heap[0][0] > (now := self.clock.now()):
             return False
-        due: list[Timer] = []
+        due: list[tuple[int, int, Timer]] = []
         while self._heap and self._heap[0][0] <= now:
-            deadline, _, timer = heapq.heappop(self._heap)
-            if timer.deadline == deadline and timer not in due:
-                due.append(timer)
-        for timer in due:
-            if timer.deadline is not None and timer.deadline <= now:
+            due.append(heapq.heappop(self._heap))
+        fired = False
+        for _, number, timer in due:
+            if timer._entry == number:  # and no callback before it has stopped it
                 timer._fire()
-        return bool(due)
+                fired = True
+        return fired
 
     def sleep(self) -> bool:
         """Sleep until the next timer is due, and fire. False if none runs: nothing will ever happen here."""
@@ -115,6 +119,12 @@ class Timers:
         self.fire_due()
         return True
 
-    def _add(self, deadline: int, timer: Timer) -> None:
+    def _add(self, deadline: int, timer: Timer) -> int:
+        """A timer that is put off again and again leaves void entries far ahead: they are swept when they are most."""
         self._count += 1
+        if len(self._heap) > self._sweep_at:
+            self._heap = [entry for entry in self._heap if entry[2]._entry == entry[1]]
+            heapq.heapify(self._heap)
+            self._sweep_at = max(_SWEEP_AT, 2 * len(self._heap))
         heapq.heappush(self._heap, (deadline, self._count, timer))
+        return self._count

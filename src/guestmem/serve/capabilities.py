@@ -1,6 +1,7 @@
 """KVM_CHECK_EXTENSION: what each capability answers, by ABI level and, on a VM, by its type.
 
-What is not listed is 0: not there. Source: kvm_vm_ioctl_check_extension of both rooms; spec/uapi.md section 5;
+What is not listed is 0: not there. Numbers here are mainline's; a level says under which number its kernel has the same
+capability, and may answer another value. Source: kvm_vm_ioctl_check_extension of both rooms; spec/uapi.md section 5;
 golden_6_18.md rows C1 to C19.
 """
 
@@ -13,25 +14,22 @@ from guestmem.kvm.gmem import supported_flags
 from guestmem.kvm.mce import MAX_BANKS
 from guestmem.kvm.vm import Kvm
 from guestmem.uapi.kvm import (
-    GUEST_MEMFD_FLAG_HUGETLB,
-    GUEST_MEMFD_FLAG_INIT_SHARED,
-    GUEST_MEMFD_FLAG_MMAP,
     KVM_CAP_VM_COPY_ENC_CONTEXT_FROM,
     KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM,
     KVM_MAX_VCPU_IDS,
     KVM_MAX_VCPUS,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_USER_MEM_SLOTS,
-    VmType,
 )
-from guestmem.uapi.levels import AbiLevel
+from guestmem.uapi.levels import MAINLINE, AbiLevel
 
 EXIT_HYPERCALL, DISABLE_QUIRKS, DISABLE_QUIRKS2, SPLIT_IRQCHIP, X2APIC_API = 201, 116, 213, 121, 129
 MAX_VCPU_ID, EXCEPTION_PAYLOAD, HALT_POLL, USER_SPACE_MSR, ENFORCE_PV_FEATURE_CPUID = 128, 164, 182, 188, 190
 TRIPLE_FAULT_EVENT = 218
 EXIT_HYPERCALL_VALID = 1 << 12
 QUIRKS_VALID = 0xFF
-X2APIC_API_VALID = 0b11
+X2APIC_API_VALID = 0b1111
+_X2APIC_SUPPRESS_EOI = 0b100
 _CLOCK_FLAGS = 0b1110  # TSC_STABLE, REALTIME, HOST_TSC
 _GUEST_DEBUG = 0x1F_0003  # ENABLE, SINGLESTEP, USE_SW_BP, USE_HW_BP, INJECT_DB, INJECT_BP, BLOCKIRQ
 
@@ -88,7 +86,6 @@ _CONSTANT = {
     SPLIT_IRQCHIP: 1,
     122: 1,  # IOEVENTFD_ANY_LENGTH
     MAX_VCPU_ID: KVM_MAX_VCPU_IDS,
-    X2APIC_API: X2APIC_API_VALID,
     136: 1,  # IMMEDIATE_EXIT
     153: 1,  # GET_MSR_FEATURES
     162: 1,  # COALESCED_PIO
@@ -114,14 +111,16 @@ TSC_CONTROL (60), X86_DISABLE_EXITS (143), manual dirty log protection (168), PM
 statistics (203), exits at emulation failures (204), Hyper-V, Xen, nested guests, SMM."""
 
 
-def vm_types(level: AbiLevel) -> int:
-    """KVM_CAP_VM_TYPES: a bit for each type."""
-    types = 1 << VmType.DEFAULT | 1 << VmType.SW_PROTECTED
-    return types | 1 << VmType.SNP | 1 << VmType.TDX if level.in_place else types
-
-
 def check_extension(level: AbiLevel, kvm: Kvm | None, number: int) -> int:
     """The answer on /dev/kvm (`kvm` None) or on a VM."""
+    name = level.capability(number)
+    if name is None:
+        return 0
+    if name in level.answers:
+        return level.answers[name]
+    if name in _POSTED:
+        return _POSTED[name](level)
+    number = MAINLINE.get(name, -1)
     special = _SPECIAL.get(number)
     return special(level, kvm) if special is not None else _CONSTANT.get(number, 0)
 
@@ -135,25 +134,34 @@ def _memory_attributes(level: AbiLevel, kvm: Kvm | None) -> int:
 def _guest_memfd_flags(level: AbiLevel, kvm: Kvm | None) -> int:
     if kvm is not None:
         return supported_flags(kvm)
-    if not level.mmap:
-        return 0
-    flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
-    return flags | GUEST_MEMFD_FLAG_HUGETLB if level.hugetlb else flags
+    return sum(level.create_flags.values())
 
 
 def _gmem_attributes(level: AbiLevel, kvm: Kvm | None) -> int:
-    """KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, proposed."""
+    """KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: on /dev/kvm, and on a VM with private memory, where pages are converted in
+    place. Source: kvm_vm_ioctl_check_extension_generic, as applied for 7.4."""
     has = level.in_place and (kvm is None or kvm.has_private_memory)
     return KVM_MEMORY_ATTRIBUTE_PRIVATE if has else 0
+
+
+def _x2apic_api(level: AbiLevel, kvm: Kvm | None) -> int:
+    """Whether EOI broadcasts may be suppressed is known once there is an IOAPIC, or is none."""
+    is_split = kvm is None or (kvm.irqchip is not None and kvm.irqchip.is_split)
+    return X2APIC_API_VALID if is_split else X2APIC_API_VALID & ~_X2APIC_SUPPRESS_EOI
 
 
 _SPECIAL: dict[int, Callable[[AbiLevel, Kvm | None], int]] = {
     9: lambda level, kvm: min(os.cpu_count() or 1, KVM_MAX_VCPUS),  # NR_VCPUS, recommended
     233: _memory_attributes,
     234: lambda level, kvm: int(kvm is None or level.mmap or kvm.has_private_memory),  # GUEST_MEMFD
-    235: lambda level, kvm: vm_types(level),
+    235: lambda level, kvm: level.vm_type_mask,
+    X2APIC_API: _x2apic_api,
     KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: lambda level, kvm: int(level.link),
     KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: lambda level, kvm: int(level.link),
     244: _guest_memfd_flags,
-    250: _gmem_attributes,
+    252: _gmem_attributes,
 }
+_POSTED: dict[str, Callable[[AbiLevel], int]] = {
+    "USERFAULT": lambda level: int("USERFAULT" in level.region_flags),
+}
+"""By name, since mainline has no number for them."""

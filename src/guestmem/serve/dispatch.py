@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from guestmem.iommu import ioctl as iommu_ioctl
-from guestmem.kvm.ioctl import gmem_ioctl
+from guestmem.kvm.ioctl import built_request, gmem_ioctl
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import kvm_devices, system_ioctls, vcpu_ioctls, vm_ioctls
 from guestmem.serve.call import Call
@@ -61,9 +61,11 @@ async def _ioctl(call: Call) -> int:
             return await _look_up(system_ioctls.TABLE, request, "/dev/kvm")(call, argument)
         case VmFile():
             _check_owner(call, file.kvm)
+            request = built_request(file.kvm, request, "VM")
             return await _look_up(vm_ioctls.TABLE, request, "VM")(call, argument)
         case VcpuFile():
             _check_owner(call, file.vcpu.kvm)
+            request = built_request(file.vcpu.kvm, request, "vCPU")
             return await _look_up(vcpu_ioctls.TABLE, request, "vCPU")(call, argument)
         case KvmVfioFile():
             return await kvm_devices.ioctl(call, file, request, argument)

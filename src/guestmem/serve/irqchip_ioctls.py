@@ -9,12 +9,12 @@ import errno
 import struct
 import time
 
-from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm import kvmclock
 from guestmem.kvm.irqchip import USERSPACE_SOURCE, IrqChip, MsiRoute, routing
-from guestmem.kvm.irqchip.chip import STATE_SIZE
+from guestmem.kvm.irqchip.chip import STATE_SIZE, X2APIC_NO_SUPPRESS_EOI, X2APIC_SUPPRESS_EOI
 from guestmem.kvm.irqchip.pit import STATE_SIZE as PIT_STATE_SIZE
 from guestmem.kvm.irqchip.pit import Pit
+from guestmem.kvm.vcpu_interrupts import TSC_KHZ
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import irqfd
 from guestmem.serve.call import Call
@@ -30,10 +30,10 @@ _ROUTING_HEAD = struct.Struct("<II")  # nr, flags
 _MSI = struct.Struct("<5I12x")  # address_lo, address_hi, data, flags, devid
 _MSI_VALID_DEVID = 1
 _PIT_SPEAKER = 1
+_COUNTERS_SIZE = 72
 _CHIPS = 3
 _CLOCK = struct.Struct("<QIIQQ16x")  # clock, flags, pad, realtime, host_tsc
 _CLOCK_FLAGS = kvmclock.FLAG_TSC_STABLE | kvmclock.FLAG_REALTIME | kvmclock.FLAG_HOST_TSC
-X2APIC_32_BIT_IDS, X2APIC_NO_BROADCAST_QUIRK = 1, 2
 
 
 def _kvm(call: Call) -> Kvm:
@@ -50,41 +50,45 @@ async def _create_irqchip(call: Call, argument: int) -> int:
     _check_no_irqchip(kvm)
     if kvm.vm_type in _PROTECTED_EOI:
         raise Refusal(errno.ENOTTY, "irqchip.protected", vm=kvm.number)
-    _check_no_vcpus(kvm)
-    kvm.irqchip = IrqChip(kvm.scheduler.timers)
+    if kvm.created_vcpus:
+        raise Refusal(errno.EINVAL, "irqchip.late", vcpus=kvm.created_vcpus)
+    _install(kvm, IrqChip(kvm.scheduler.timers))
     return 0
 
 
 def split_irqchip(kvm: Kvm, pins: int) -> None:
     """KVM_CAP_SPLIT_IRQCHIP: the APICs are the kernel's, the other controllers the VMM's, whose IOAPIC has `pins` GSIs.
 
-    Raises: Refusal EINVAL `irqchip.pins`; EEXIST `irqchip.exists`; EINVAL `irqchip.late`.
+    Raises: Refusal EINVAL `irqchip.pins`; EEXIST `irqchip.exists`, `irqchip.split_late`.
     """
     if pins > routing.MAX_ROUTES:
         raise Refusal(errno.EINVAL, "irqchip.pins", pins=pins, limit=routing.MAX_ROUTES)
     _check_no_irqchip(kvm)
-    _check_no_vcpus(kvm)
-    kvm.irqchip = IrqChip(kvm.scheduler.timers, is_split=True, reserved_pins=pins)
+    if kvm.created_vcpus:
+        raise Refusal(errno.EEXIST, "irqchip.split_late", vcpus=kvm.created_vcpus)
+    _install(kvm, IrqChip(kvm.scheduler.timers, is_split=True, reserved_pins=pins))
+
+
+def _install(kvm: Kvm, irqchip: IrqChip) -> None:
+    irqchip.set_x2apic_api(kvm.x2apic_api)
+    kvm.irqchip = irqchip
 
 
 def x2apic_api(kvm: Kvm, flags: int) -> None:
-    """KVM_CAP_X2APIC_API: IDs beyond 255 in routes, MSIs and KVM_GET_LAPIC, and 0xff no broadcast in x2APIC mode.
-
-    KVM takes it before there are controllers, too; then it is lost here, as there is nothing to take it.
-    """
+    """KVM_CAP_X2APIC_API, before or after there are controllers. Raises: Refusal EINVAL `x2apic_api.eoi`, for both of
+    the flags about EOI broadcasts, or where the IOAPIC that would hear of them is the kernel's."""
+    about_eoi = flags & (X2APIC_SUPPRESS_EOI | X2APIC_NO_SUPPRESS_EOI)
+    is_split = kvm.irqchip is not None and kvm.irqchip.is_split
+    if about_eoi.bit_count() == 2 or (flags & X2APIC_SUPPRESS_EOI and not is_split):
+        raise Refusal(errno.EINVAL, "x2apic_api.eoi", flags=flags)
+    kvm.x2apic_api |= flags
     if kvm.irqchip is not None:
-        kvm.irqchip.has_32_bit_ids |= bool(flags & X2APIC_32_BIT_IDS)
-        kvm.irqchip.bus.broadcast_quirk &= not flags & X2APIC_NO_BROADCAST_QUIRK
+        kvm.irqchip.set_x2apic_api(kvm.x2apic_api)
 
 
 def _check_no_irqchip(kvm: Kvm) -> None:
     if kvm.apic_in_kernel:
         raise Refusal(errno.EEXIST, "irqchip.exists", vm=kvm.number)
-
-
-def _check_no_vcpus(kvm: Kvm) -> None:
-    if kvm.created_vcpus:
-        raise Refusal(errno.EINVAL, "irqchip.late", vcpus=kvm.created_vcpus)
 
 
 async def _set_boot_cpu_id(call: Call, number: int) -> int:
@@ -132,14 +136,23 @@ async def _set_irqchip(call: Call, argument: int) -> int:
 
 
 async def _create_pit2(call: Call, argument: int) -> int:
-    """Raises: Refusal EEXIST `irqchip.exists`; ENOENT `pit.no_pic` without an 8259A to tick at."""
+    """Raises: as _new_pit."""
     (flags,) = struct.unpack_from("<I", await call.client.memory.copy_from_user(argument, 64))
-    kvm = _kvm(call)
+    return _new_pit(_kvm(call), bool(flags & _PIT_SPEAKER))
+
+
+async def _create_pit(call: Call, argument: int) -> int:
+    """The older call, with the speaker's port. Raises: as _new_pit."""
+    return _new_pit(_kvm(call), has_speaker=True)
+
+
+def _new_pit(kvm: Kvm, has_speaker: bool) -> int:
+    """Raises: Refusal EEXIST `irqchip.exists`; ENOENT `pit.no_pic` without an 8259A to tick at."""
     if kvm.irqchip is not None and kvm.irqchip.pit is not None:
         raise Refusal(errno.EEXIST, "irqchip.exists", vm=kvm.number)
     if kvm.irqchip is None or kvm.irqchip.pic is None:
         raise Refusal(errno.ENOENT, "pit.no_pic", vm=kvm.number)
-    kvm.irqchip.create_pit(bool(flags & _PIT_SPEAKER))
+    kvm.irqchip.create_pit(has_speaker)
     return 0
 
 
@@ -148,6 +161,19 @@ def _pit(kvm: Kvm) -> Pit:
     if kvm.irqchip is None or kvm.irqchip.pit is None:
         raise Refusal(errno.ENXIO, "pit.none", vm=kvm.number)
     return kvm.irqchip.pit
+
+
+async def _get_pit(call: Call, argument: int) -> int:
+    """struct kvm_pit_state: the counters alone."""
+    await call.client.memory.copy_to_user(argument, _pit(_kvm(call)).pack()[:_COUNTERS_SIZE])
+    return 0
+
+
+async def _set_pit(call: Call, argument: int) -> int:
+    data = await call.client.memory.copy_from_user(argument, _COUNTERS_SIZE)
+    pit = _pit(_kvm(call))
+    pit.unpack(data + pit.pack()[_COUNTERS_SIZE:])
+    return 0
 
 
 async def _get_pit2(call: Call, argument: int) -> int:
@@ -207,9 +233,9 @@ async def _set_gsi_routing(call: Call, argument: int) -> int:
 
 
 async def _signal_msi(call: Call, argument: int) -> int:
-    """How many APICs took it; as in the kernel, EPERM if it names none.
+    """How many APICs took it.
 
-    Raises: Refusal EINVAL `msi.no_irqchip`, `msi.flags`, `msi.address`; EPERM `msi.nobody`.
+    Raises: Refusal EINVAL `msi.no_irqchip`, `msi.flags`, `msi.address`; EPERM `msi.nobody`: there is no APIC yet.
     """
     low, high, data, flags, _ = _MSI.unpack(await call.client.memory.copy_from_user(argument, _MSI.size))
     kvm = _kvm(call)
@@ -259,6 +285,9 @@ TABLE = {
     uapi.KVM_SET_GSI_ROUTING: _set_gsi_routing,
     uapi.KVM_SIGNAL_MSI: _signal_msi,
     uapi.KVM_IRQFD: irqfd.irqfd,
+    uapi.KVM_CREATE_PIT: _create_pit,
+    uapi.KVM_GET_PIT: _get_pit,
+    uapi.KVM_SET_PIT: _set_pit,
     uapi.KVM_CREATE_PIT2: _create_pit2,
     uapi.KVM_GET_PIT2: _get_pit2,
     uapi.KVM_SET_PIT2: _set_pit2,

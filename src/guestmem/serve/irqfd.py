@@ -74,7 +74,7 @@ class IrqFd:
     def signalled(self) -> None:
         """The eventfd can be read: its count goes, however high, as the kernel's wait-queue entry takes it."""
         try:
-            os.eventfd_read(self.fd)
+            os.preadv(self.fd, [bytearray(8)], -1, os.RWF_NOWAIT)  # O_NONBLOCK would be the client's as well
         except BlockingIOError:
             return  # a reader of the client's was faster
         if self.resampler is not None:
@@ -109,7 +109,6 @@ class IrqFds:
             self._resamplers[gsi] = new.resampler
             new.resample_fd = resample_fd
             new.resampler.fds.append(resample_fd)
-        os.set_blocking(fd, False)
         server.watch(fd, new.signalled)
 
     def deassign(self, server: Server, fd: int, gsi: int) -> None:

@@ -29,7 +29,7 @@ from guestmem.kvm.exits import (
     SystemEventExit,
     UninitializedExit,
 )
-from guestmem.uapi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from guestmem.uapi.kvm import KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MEMORY_EXIT_FLAG_USERFAULT
 
 PAGES = 3
 SIZE = PAGES * mmap.PAGESIZE
@@ -59,7 +59,7 @@ _INTERNAL = struct.Struct("<II16Q")  # suberror, ndata, data
 _MSR = struct.Struct("<B7xIIQ")  # error, reason, index, data
 _DEBUG = struct.Struct("<I4xQQQ")  # exception, pc, dr6, dr7
 _STATE = struct.Struct("<BBHQQ")  # ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
-_STATE_AT = 12
+_STATE_AT, _CR8_AT = 12, 16
 
 
 class KvmRun:
@@ -77,6 +77,10 @@ class KvmRun:
     @property
     def request_interrupt_window(self) -> bool:
         return bool(self.memory[0])
+
+    @property
+    def cr8(self) -> int:
+        return int.from_bytes(self.memory[_CR8_AT : _CR8_AT + 8], "little")
 
     def answer(self, exit_: Exit | None) -> None:
         """Take what the VMM filled in for the last exit."""
@@ -112,7 +116,7 @@ class KvmRun:
                 _HYPERCALL.pack_into(memory, _UNION_AT, exit_.nr, *exit_.args, 0, 0, 0, 0, 1)
             case MemoryFaultExit():
                 reason, error = EXIT_MEMORY_FAULT, exit_.refusal.errno or 0
-                flags = KVM_MEMORY_EXIT_FLAG_PRIVATE if exit_.private else 0
+                flags = KVM_MEMORY_EXIT_FLAG_PRIVATE * exit_.private | KVM_MEMORY_EXIT_FLAG_USERFAULT * exit_.userfault
                 _MEMORY_FAULT.pack_into(memory, _UNION_AT, flags, exit_.gpa, exit_.size)
             case IrqWindowOpenExit():
                 reason, error = EXIT_IRQ_WINDOW_OPEN, 0

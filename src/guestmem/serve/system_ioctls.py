@@ -36,7 +36,7 @@ async def _get_api_version(call: Call, argument: int) -> int:
 async def _create_vm(call: Call, vm_type: int) -> int:
     """Raises: Refusal EINVAL `create_vm.type`; EBUSY `identity.exhausted`."""
     host = call.server.host
-    if vm_type > 31 or not capabilities.vm_types(host.level) >> vm_type & 1:
+    if vm_type not in host.level.vm_types:
         raise Refusal(errno.EINVAL, "create_vm.type", type=vm_type)
     call.server.vms_created += 1
     kvm = Kvm(host.environment, call.server.vms_created, VmType(vm_type), host.level, call.client.memory)
@@ -57,7 +57,7 @@ async def _get_vcpu_mmap_size(call: Call, argument: int) -> int:
 
 async def _get_supported_cpuid(call: Call, argument: int) -> int:
     """With the leaf of SEV where there are SNP VMs, whatever VM it is for. Source: sev_set_cpu_caps."""
-    has_snp = capabilities.vm_types(call.server.host.level) >> VmType.SNP & 1
+    has_snp = VmType.SNP in call.server.host.level.vm_types
     await write_cpuid(call, argument, cpuid.default(C_BIT if has_snp else None))
     return 0
 
@@ -115,7 +115,7 @@ async def _has_device_attr(call: Call, argument: int) -> int:
 
 def _device_attr(call: Call, group: int, attribute: int) -> int:
     """Source: __kvm_x86_dev_get_attr, sev_dev_get_attr."""
-    has_sev = capabilities.vm_types(call.server.host.level) >> VmType.SNP & 1
+    has_sev = VmType.SNP in call.server.host.level.vm_types
     value = _DEVICE_ATTRS.get((group, attribute)) if has_sev or group != sev.KVM_X86_GRP_SEV else None
     if value is None:
         raise Refusal(errno.ENXIO, "device_attr.unknown", group=group, attribute=attribute)

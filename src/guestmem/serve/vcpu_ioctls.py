@@ -50,6 +50,7 @@ def _run_at_once(file: VcpuFile, argument: int) -> bytes | None:
     if vcpu.unanswered is not None:
         run.answer(vcpu.unanswered)
     vcpu.immediate_exit = False
+    vcpu.interrupts.set_cr8(run.cr8)
     exit_ = vcpu.run_at_once()
     if exit_ is None:
         return None
@@ -70,6 +71,7 @@ async def _run(call: Call, argument: int) -> int:
     run.answer(vcpu.unanswered)
     vcpu.immediate_exit = run.immediate_exit
     vcpu.interrupts.want_window(run.request_interrupt_window)
+    vcpu.interrupts.set_cr8(run.cr8)
     exit_ = await vcpu.run()
     error = run.write(exit_)
     vcpu_state.write_run_state(run, vcpu)

@@ -10,7 +10,7 @@ import errno
 import struct
 
 from guestmem.kvm.dirty_log import clear_dirty_log, get_dirty_log
-from guestmem.kvm.ioctl import VM_IOCTLS, check_vcpu_creation
+from guestmem.kvm.ioctl import VM_IOCTLS, built_request, check_vcpu_creation
 from guestmem.kvm.vcpu import create_vcpu
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, io_devices, irqchip_ioctls, kvm_devices, msr_filter_ioctls, tsc_ioctls
@@ -59,7 +59,8 @@ async def _create_vcpu(call: Call, number: int) -> int:
 
 async def _memory(call: Call, argument: int) -> int:
     """What `kvm` does as it is. A descriptor in the argument is looked up before, which takes the client."""
-    request, memory, files = call.request.a & 0xFFFF_FFFF, call.client.memory, CallFiles(call)
+    memory, files = call.client.memory, CallFiles(call)
+    request = built_request(_kvm(call), call.request.a & 0xFFFF_FFFF, "VM")
     if request == uapi.KVM_SET_USER_MEMORY_REGION2:
         data = await memory.copy_from_user(argument, UserspaceMemoryRegion2.SIZE)
         region = UserspaceMemoryRegion2.unpack(data)

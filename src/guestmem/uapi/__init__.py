@@ -1,4 +1,4 @@
 """The binary interface as data: numbers, structures, rules, and one table for each ABI level.
 
-Imports nothing of ours.
+Imports nothing of ours but `trace`, since reading a level that a user wrote may be refused.
 """

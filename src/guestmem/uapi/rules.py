@@ -49,6 +49,7 @@ _DMA = "DMA"
 _ROUTING = "KVM_SET_GSI_ROUTING"
 _FILTER = "KVM_X86_SET_MSR_FILTER"
 _DEBUG = "KVM_SET_GUEST_DEBUG"
+_LEVEL = "ABI level file"
 
 _TABLE = (
     # Any ioctl
@@ -57,6 +58,7 @@ _TABLE = (
     Rule("ioctl.unknown", ("ENOTTY", "EINVAL"), "any", 3, "this file has no such ioctl", "uapi.md 2 [O K1 G44]"),
     Rule("ioctl.wrong_file", ("ENOTTY", "EINVAL"), "any", 3, "another kind of file has this ioctl", "kvm_main.c [M]"),
     Rule("ioctl.vm_type", ("ENOTTY",), "any", 3, "a VM of this type has no such ioctl", "x86.c mem_enc_ioctl [M]"),
+    Rule("ioctl.not_built", ("ENOTTY", "EINVAL"), "any", 3, "an ioctl that the kernel of this level lacks", "[M]"),
     Rule("ioctl.argument", ("EINVAL",), "any", 5, "the argument is not one that this call takes", "kvm_main.c [M]"),
     Rule(
         "list.too_small", ("E2BIG",), "any", 6, "the caller's list has no room for what there is", "cpuid.c, x86.c [M]"
@@ -65,6 +67,27 @@ _TABLE = (
     Rule("wire.bad_request", ("EPROTO",), "any", 8, "no message that our shim sends", "docs/reference/wire.md [I]"),
     Rule("user.copy", ("EFAULT",), "any", 4, "the argument cannot be read or written", "copy_from_user [O N24 R64]"),
     Rule("ioctl.vm_dead", ("EIO",), "any", 2, "the VM's identity has moved to another struct kvm", "kvm->vm_dead [M]"),
+    # A level that a user wrote
+    Rule("level.not_found", ("ENOENT",), _LEVEL, 1, "there is no such level, and no such file", "--abi [I]"),
+    Rule("level.syntax", ("EINVAL",), _LEVEL, 2, "the file is no TOML", "toml.io 1.0 [I]"),
+    Rule("level.field", ("EINVAL",), _LEVEL, 3, "a key that levels do not have, or of another type", "[I]"),
+    Rule("level.base", ("EINVAL",), _LEVEL, 4, "the base is none of the levels that come with guestmem", "[I]"),
+    Rule("level.incomplete", ("EINVAL",), _LEVEL, 5, "without a base a level says everything", "[I]"),
+    Rule("level.value", ("EINVAL",), _LEVEL, 6, "a number is none, or too large", "[I]"),
+    Rule("level.unknown", ("EINVAL",), _LEVEL, 7, "a name that has nothing behind it here", "[I]"),
+    Rule("level.same_number", ("EINVAL",), _LEVEL, 8, "two capabilities have one number", "[I]"),
+    Rule("level.same_request", ("EINVAL",), _LEVEL, 9, "two ioctls have one number", "[I]"),
+    Rule("level.same_bit", ("EINVAL",), _LEVEL, 10, "two flags have one bit", "[I]"),
+    Rule("level.in_place_without_mmap", ("EINVAL",), _LEVEL, 11, "shared pages in place, and nobody maps them", "[I]"),
+    Rule(
+        "level.in_place_without_ioctl",
+        ("EINVAL",),
+        _LEVEL,
+        12,
+        "in_place or SET_MEMORY_ATTRIBUTES2 alone",
+        "[I]",
+    ),
+    Rule("level.no_conversion", ("EINVAL",), _LEVEL, 13, "VM types with private memory, and no call converts", "[I]"),
     # KVM_CREATE_GUEST_MEMFD
     Rule("create.flags", ("EINVAL",), _CREATE, 2, "a flag that this VM may not have", "uapi.md 6 [M] [O N14]"),
     Rule("create.size", ("EINVAL",), _CREATE, 3, "size is zero, negative or no multiple of a page", "[M] [O N1]"),
@@ -118,6 +141,15 @@ _TABLE = (
     Rule("region.address_space", ("EINVAL",), _REGION, 7, "there is no such address space", "[M] [O R2]"),
     Rule("region.gpa_wraps", ("EINVAL",), _REGION, 7, "guest address + size wraps", "[M] [O R39 R40]"),
     Rule("region.too_big", ("EINVAL",), _REGION, 7, "more than 2**31 - 1 pages", "KVM_MEM_MAX_NR_PAGES [O R38]"),
+    Rule(
+        "region.userfault_bitmap",
+        ("EINVAL",),
+        _REGION,
+        7,
+        "the bitmap of USERFAULT is not at a user's address",
+        "KVM Userfault v3 [P]",
+        _FUTURE,
+    ),
     Rule("region.no_slot", ("EINVAL",), _REGION, 8, "the slot to delete does not exist", "[M] [O R49]"),
     Rule("region.gmem_immutable", ("EINVAL",), _REGION, 9, "a guest_memfd slot can only be deleted", "[M] [O R67]"),
     Rule("region.fixed_flags", ("EINVAL",), _REGION, 9, "READONLY and GUEST_MEMFD of a slot are fixed", "9935df5333aa"),
@@ -243,11 +275,20 @@ _TABLE = (
     Rule("fault.access", ("EFAULT",), _FAULT, 3, "the page does not have the access asked for", "R3 [M] [O T1]"),
     Rule("fault.poisoned", ("EHWPOISON",), _FAULT, 4, "the page's memory is bad", "kvm_gmem_get_pfn [M]"),
     Rule("fault.mismatch", ("EFAULT",), "KVM_RUN", 1, "the guest's access is not the page's", "uapi.md 11 [M]"),
+    Rule(
+        "fault.userfault",
+        ("EFAULT",),
+        "KVM_RUN",
+        3,
+        "the frame's bit is set in the slot's bitmap: the VMM is to bring the page",
+        "KVM Userfault v3 [P]",
+        _FUTURE,
+    ),
     Rule("fault.no_slot", ("EFAULT",), "KVM_RUN", 2, "private access where no slot is", "kvm_handle_noslot_fault [M]"),
-    Rule("fault.no_gmem", ("EFAULT",), "KVM_RUN", 3, "private access, and the slot has no guest_memfd", "[M]"),
-    Rule("fault.file_gone", ("EFAULT",), "KVM_RUN", 4, "the slot's guest_memfd was closed", "[M]"),
-    Rule("fault.binding", ("EIO",), "KVM_RUN", 5, "the page is bound to another slot", "__kvm_gmem_get_pfn [M]"),
-    Rule("fault.identity", ("EFAULT",), "KVM_RUN", 6, "the memory belongs to another virtual machine", "R24 R26 [I]"),
+    Rule("fault.no_gmem", ("EFAULT",), "KVM_RUN", 4, "private access, and the slot has no guest_memfd", "[M]"),
+    Rule("fault.file_gone", ("EFAULT",), "KVM_RUN", 5, "the slot's guest_memfd was closed", "[M]"),
+    Rule("fault.binding", ("EIO",), "KVM_RUN", 6, "the page is bound to another slot", "__kvm_gmem_get_pfn [M]"),
+    Rule("fault.identity", ("EFAULT",), "KVM_RUN", 7, "the memory belongs to another virtual machine", "R24 R26 [I]"),
     # KVM_LINK_GUEST_MEMFD, and where an identity goes
     Rule("link.flags", ("EINVAL",), _LINK, 1, "flags must be zero", "kvm_gmem_link, link RFC v2 04/13 [P]", "future"),
     Rule("link.not_open", ("EINVAL",), _LINK, 2, "the descriptor is not open", "not EBADF [P]", "future"),
@@ -319,6 +360,8 @@ _TABLE = (
     Rule("run.sync_regs", ("EINVAL",), "KVM_RUN", 12, "a set of registers that there is not", "x86.c [M] [O]"),
     Rule("vcpu.too_many", ("EINVAL",), "KVM_CREATE_VCPU", 4, "1024 are there", "kvm_vm_ioctl_create_vcpu [M]"),
     Rule("irqchip.pins", ("EINVAL",), "KVM_CAP_SPLIT_IRQCHIP", 1, "more pins than there can be routes", "x86.c [M]"),
+    Rule("irqchip.split_late", ("EEXIST",), "KVM_CAP_SPLIT_IRQCHIP", 3, "there are vCPUs already", "x86.c [M] [O]"),
+    Rule("x2apic_api.eoi", ("EINVAL",), "KVM_CAP_X2APIC_API", 2, "no IOAPIC of the VMM's, or both flags", "[O]"),
     Rule("boot_cpu.late", ("EBUSY",), "KVM_SET_BOOT_CPU_ID", 1, "there are vCPUs already", "x86.c [M]"),
     Rule("pit.no_pic", ("ENOENT",), "KVM_CREATE_PIT2", 2, "there is no 8259A for it to tick at", "x86.c [M]"),
     Rule("pit.none", ("ENXIO",), "KVM_GET_PIT2", 1, "the VM has no PIT", "kvm_arch_vm_ioctl [M]"),
@@ -332,7 +375,7 @@ _TABLE = (
     Rule("msi.no_irqchip", ("EINVAL",), "KVM_SIGNAL_MSI", 1, "no APIC to take it", "kvm_send_userspace_msi [M]"),
     Rule("msi.flags", ("EINVAL",), "KVM_SIGNAL_MSI", 2, "flags but VALID_DEVID", "kvm_send_userspace_msi [M]"),
     Rule("msi.address", ("EINVAL",), "KVM_SIGNAL_MSI", 3, "reserved bits of a 32-bit ID", "kvm_msi_route_invalid [M]"),
-    Rule("msi.nobody", ("EPERM",), "KVM_SIGNAL_MSI", 4, "it names no APIC", "kvm_set_msi's -1 [M]"),
+    Rule("msi.nobody", ("EPERM",), "KVM_SIGNAL_MSI", 4, "there is no APIC yet", "kvm_irq_delivery_to_apic's -1 [O]"),
     Rule("irqfd.flags", ("EINVAL",), "KVM_IRQFD", 1, "unknown flags", "kvm_irqfd [M]"),
     Rule("irqfd.no_irqchip", ("EINVAL",), "KVM_IRQFD", 2, "no controller that can do it", "kvm_arch_irqfd_allowed [M]"),
     Rule("irqfd.no_eventfd", ("EINVAL",), "KVM_IRQFD", 4, "the descriptor is no eventfd", "eventfd_ctx_fileget [M]"),
@@ -400,13 +443,13 @@ _TABLE = (
     Rule("dma.hypervisor", ("EFAULT",), _DMA, 10, "pKVM: the hypervisor's table has not the page", "[F]"),
     # Architectures
     Rule(
-        "arch.make_private", ("EINVAL",), "KVM_RUN", 7, "hardware or firmware did not take the page", "sev_gmem_prepare"
+        "arch.make_private", ("EINVAL",), "KVM_RUN", 8, "hardware or firmware did not take the page", "sev_gmem_prepare"
     ),
     Rule(
-        "arch.guest_access", ("EFAULT",), "KVM_RUN", 8, "the page is not the guest's at this address", "APM 2, 15.36.10"
+        "arch.guest_access", ("EFAULT",), "KVM_RUN", 9, "the page is not the guest's at this address", "APM 2, 15.36.10"
     ),
-    Rule("run.no_vcpu", ("EINVAL",), "KVM_RUN", 10, "firmware has no such vCPU", "tdx_vcpu_pre_run [M]"),
-    Rule("run.not_launched", ("EINVAL",), "KVM_RUN", 9, "the guest's launch is not finished", "pre_sev_run [M]"),
+    Rule("run.no_vcpu", ("EINVAL",), "KVM_RUN", 11, "firmware has no such vCPU", "tdx_vcpu_pre_run [M]"),
+    Rule("run.not_launched", ("EINVAL",), "KVM_RUN", 10, "the guest's launch is not finished", "pre_sev_run [M]"),
     Rule("snp_op.mirror", ("EINVAL",), _SNP_OP, 1, "the owner's, not for a helper", "is_cmd_allowed_from_mirror [M]"),
     Rule("snp_op.not_snp", ("EPERM",), _SNP_OP, 2, "after KVM_SEV_INIT2 only commands of SNP", "sev_mem_enc_ioctl [M]"),
     Rule("snp_op.command", ("EINVAL",), _SNP_OP, 3, "no such command", "sev_mem_enc_ioctl [M]"),

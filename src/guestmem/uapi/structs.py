@@ -90,6 +90,11 @@ class UserspaceMemoryRegion2(Argument):
     guest_memfd: int = 0
     reserved: tuple[int, ...] = (0,) * 15
 
+    @property
+    def userfault_bitmap(self) -> int:
+        """The first word of pad2, where KVM Userfault (v3) has an address of the caller's."""
+        return self.reserved[1]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryAttributes(Argument):

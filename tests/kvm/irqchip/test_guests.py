@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from guestmem.kvm.exits import IoapicEoiExit
+from guestmem.kvm.exits import Exit, InterruptedExit, IoapicEoiExit
 from guestmem.kvm.irqchip import USERSPACE_SOURCE, MsiRoute
 from guestmem.kvm.irqchip.routing import parse_routes
+from guestmem.uapi.kvm import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
 from tests.kvm.irqchip.machine import AP_CODE, DATA, FINISH, MS, XAPIC_ON, Machine
 
 New = Callable[..., Machine]
@@ -292,6 +293,51 @@ def test_an_edge_at_the_ioapic(new: New) -> None:
     assert machine.irqchip.pulse(4, USERSPACE_SOURCE) == 2, "the PIC's line 4 is not masked either"
     machine.run()
     assert machine.said[0] == [0x44]
+
+
+def test_an_interrupt_that_comes_with_hlt_ends_it(new: New) -> None:
+    """The slice of a call that is done at once meets HLT; the interrupt that was pending must not be taken first, and
+    then slept upon."""
+    machine = new()
+    machine.start(XAPIC_ON + IOAPIC_PIN_4.format(0x44) + WAIT + FINISH)
+    machine.vcpus[0].run()
+    machine.irqchip.pulse(4, USERSPACE_SOURCE)
+    assert machine.vcpus[0].vcpu.run_at_once() is None
+    machine.run()
+    assert machine.said[0] == [0x44]
+
+
+def test_a_signal_leaves_a_halted_processor_halted(new: New) -> None:
+    machine = new()
+    machine.start(XAPIC_ON + IOAPIC_PIN_4.format(0x44) + WAIT + FINISH)
+    vcpu = machine.vcpus[0].vcpu
+    machine.vcpus[0].run()
+    scheduler = machine.host.scheduler
+
+    async def interrupted() -> Exit:
+        task = scheduler.spawn(vcpu.run(), "vcpu")
+        for _ in range(20):
+            await scheduler.cond_resched("let it sleep")
+        task.signal_pending = True
+        return await scheduler.join(task)
+
+    assert machine.host.run(interrupted()) == InterruptedExit(by_signal=True)
+    assert vcpu.mp_state == KVM_MP_STATE_HALTED
+    machine.irqchip.pulse(4, USERSPACE_SOURCE)
+    machine.run()
+    assert machine.said[0] == [0x44] and vcpu.mp_state == KVM_MP_STATE_RUNNABLE
+
+
+def test_a_kick_reaches_who_runs_the_engine(new: New) -> None:
+    machine = new()
+    kicked: list[int] = []
+    machine.vcpus[0].vcpu.interrupts.on_kick = lambda: kicked.append(1)
+    lapic = machine.vcpus[0].vcpu.lapic
+    assert lapic is not None
+    lapic.write(0xF, 0x1FF)
+    machine.irqchip.send_msi(MsiRoute(0xFEE0_0000, 0, 0x50))
+    machine.vcpus[0].vcpu.interrupts.inject_nmi()
+    assert len(kicked) == 2
 
 
 def test_a_level_at_the_ioapic_comes_again_until_it_is_down(new: New) -> None:

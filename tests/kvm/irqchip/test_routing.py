@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from guestmem.kvm.irqchip import MsiRoute
 from guestmem.kvm.irqchip import lapic_registers as reg
+from guestmem.kvm.irqchip.chip import X2APIC_NO_SUPPRESS_EOI, X2APIC_SUPPRESS_EOI
 from guestmem.kvm.irqchip.routing import ENTRY, parse_routes
 from guestmem.trace import Refusal
-from tests.kvm.irqchip.rig import Rig, x2apic
+from tests.kvm.irqchip.rig import Cpu, Rig, x2apic
 
 CHIP, MSI = 1, 2
 
@@ -54,14 +55,16 @@ def test_the_upper_address_with_32_bit_ids() -> None:
     rig = Rig(1, is_split=True)
     x2apic(rig.lapics[0])
     rig.chip.has_32_bit_ids = True
-    assert rig.chip.send_msi(MsiRoute(0xFEE0_0000, 0x100, 0x40)) == -1
+    assert rig.chip.send_msi(MsiRoute(0xFEE0_0000, 0x100, 0x40)) == 0
     assert rig.chip.send_msi(MsiRoute(0xFEE0_0000, 0, 0x40)) == 1
 
 
 def test_a_gsi_that_goes_nowhere_and_an_msi_to_no_apic() -> None:
+    """As on a real kernel: -1 only where there is no vCPU."""
     rig = Rig()
     assert rig.chip.set_irq(1000, 0, True) == -1
-    assert rig.chip.send_msi(MsiRoute(0xFEE0_7000, 0, 0x40)) == -1
+    assert rig.chip.send_msi(MsiRoute(0xFEE0_7000, 0, 0x40)) == 0
+    assert Rig(0).chip.send_msi(MsiRoute(0xFEE0_0000, 0, 0x40)) == -1
 
 
 @pytest.mark.parametrize(
@@ -99,10 +102,22 @@ def test_the_vmm_s_ioapic_hears_of_level_msis_alone() -> None:
     while rig.take() >= 0:
         pass
     assert rig.cpus[0].eoi_exits == [0x50], "and GSI 2 is no pin of its"
-    rig.chip.pulse(0, 0)
     rig.lapics[0].write(reg.SVR, 0x11FF)
-    rig.take()
-    assert rig.cpus[0].eoi_exits == [0x50], "EOI broadcasts are suppressed"
+    for flags, exits in ((0, 2), (X2APIC_SUPPRESS_EOI, 2)):
+        rig.chip.set_x2apic_api(flags)
+        rig.chip.pulse(0, 0)
+        rig.take()
+        assert len(rig.cpus[0].eoi_exits) == exits, "a guest that suppresses broadcasts is listened to if asked for"
+
+
+def test_suppressing_eoi_broadcasts_is_offered_where_the_vmm_has_the_ioapic() -> None:
+    offered = reg.VERSION_NO_EOI_BROADCAST
+    assert not (Rig().lapics[0].read(reg.VERSION) or 0) & offered
+    rig = Rig(0, is_split=True)
+    for flags, expected in ((0, offered), (X2APIC_NO_SUPPRESS_EOI, 0), (X2APIC_SUPPRESS_EOI, offered)):
+        rig.chip.set_x2apic_api(flags)
+        lapic = rig.chip.new_lapic(0, Cpu(rig.clock), is_bsp=True)
+        assert (lapic.read(reg.VERSION) or 0) & offered == expected
 
 
 @given(st.binary(max_size=48 * 8))

@@ -77,23 +77,18 @@ class ApicBus:
         self._by_id = None
 
     def deliver(self, message: Message, source: Lapic | None = None) -> int:
-        """How many APICs took it; -1 if it names none. `source` sends an IPI."""
-        found = self.destinations(message, source)
-        if not found:
+        """How many APICs took it; -1 if there is none at all. `source` sends an IPI."""
+        if not self.lapics:
             return -1
+        found = self.destinations(message, source)
         if message.to_lowest_priority and len(found) > 1 and not self._is_fixed_broadcast(message):
             found = self._hashed(message.vector, found)
         return sum(lapic.accept(message) for lapic in found)
 
     def destinations(self, message: Message, source: Lapic | None = None) -> list[Lapic]:
         """The APICs that a message names."""
-        match message.shorthand:
-            case Shorthand.SELF:
-                return [source] if source is not None else []
-            case Shorthand.ALL:
-                return self.lapics
-            case Shorthand.ALL_BUT_SELF:
-                return [lapic for lapic in self.lapics if lapic is not source]
+        if message.shorthand:
+            return self._by_shorthand(message.shorthand, source)
         destination, is_ipi = message.destination, source is not None
         if message.is_logical:
             return [lapic for lapic in self.lapics if self._is_named(lapic, destination, is_ipi, matches_logical)]
@@ -104,6 +99,11 @@ class ApicBus:
             for lapic in self.lapics:
                 self._by_id.setdefault(lapic.physical_id, []).append(lapic)
         return self._by_id.get(destination, [])
+
+    def _by_shorthand(self, shorthand: int, source: Lapic | None) -> list[Lapic]:
+        if shorthand == Shorthand.SELF:
+            return [source] if source is not None else []
+        return [lapic for lapic in self.lapics if shorthand == Shorthand.ALL or lapic is not source]
 
     def _is_named(self, lapic: Lapic, destination: int, is_ipi: bool, matches: Matches) -> bool:
         """Source: kvm_apic_mda."""

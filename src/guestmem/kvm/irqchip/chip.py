@@ -31,6 +31,8 @@ from guestmem.sched import Timers
 
 USERSPACE_SOURCE, RESAMPLE_SOURCE, PIT_SOURCE = 0, 1, 2
 """Who drives a line: KVM_IRQ_LINE and irqfd, an irqfd with resampling, the PIT."""
+X2APIC_32_BIT_IDS, X2APIC_NO_BROADCAST_QUIRK, X2APIC_SUPPRESS_EOI, X2APIC_NO_SUPPRESS_EOI = 1, 2, 4, 8
+"""Flags of KVM_CAP_X2APIC_API."""
 STATE_SIZE = 512
 """Of the union in struct kvm_irqchip."""
 
@@ -53,13 +55,15 @@ class EoiExit(LapicCpu, Protocol):
 
 class IrqChip:
     """`ioapic` and `pic` are None where they are the VMM's (`is_split`), whose IOAPIC has the first `reserved_pins`
-    GSIs. `ports` are the IO ports of what is here. `has_32_bit_ids` is KVM_X2APIC_API_USE_32BIT_IDS."""
+    GSIs. `ports` are the IO ports of what is here. `has_32_bit_ids` is KVM_X2APIC_API_USE_32BIT_IDS; what a guest does
+    that has its APIC broadcast no EOI counts only with `respects_suppressed_eoi`."""
 
     def __init__(self, timers: Timers, is_split: bool = False, reserved_pins: int = 0) -> None:
         self._timers = timers
         self.is_split = is_split
         self.reserved_pins = reserved_pins
-        self.has_32_bit_ids = False
+        self.has_32_bit_ids = self.respects_suppressed_eoi = False
+        self._offers_suppressed_eoi = is_split
         self.bus = ApicBus()
         self.routes: Routes = {} if is_split else default_routes()
         self._gsi_of = _gsis(self.routes)
@@ -75,12 +79,20 @@ class IrqChip:
 
     def new_lapic(self, number: int, cpu: EoiExit, is_bsp: bool) -> Lapic:
         """The local APIC of a new vCPU, after reset."""
-        lapic = Lapic(number, self.bus, self._timers, cpu, self, can_suppress_eoi=self.is_split)
+        lapic = Lapic(number, self.bus, self._timers, cpu, self, self._offers_suppressed_eoi)
         lapic.is_bsp = is_bsp
         lapic.reset()
         self._cpus[lapic] = cpu
         self.bus.add(lapic)
         return lapic
+
+    def set_x2apic_api(self, flags: int) -> None:
+        """KVM_CAP_X2APIC_API. As it is without the last two, a guest that leaves an EOI to the VMM's IOAPIC is offered
+        to, and not listened to. Source: kvm_lapic_advertise_suppress_eoi_broadcast."""
+        self.has_32_bit_ids = bool(flags & X2APIC_32_BIT_IDS)
+        self.bus.broadcast_quirk = not flags & X2APIC_NO_BROADCAST_QUIRK
+        self.respects_suppressed_eoi = bool(flags & X2APIC_SUPPRESS_EOI)
+        self._offers_suppressed_eoi = self.is_split and not flags & X2APIC_NO_SUPPRESS_EOI
 
     def create_pit(self, has_speaker: bool) -> None:
         """KVM_CREATE_PIT2."""
@@ -124,7 +136,7 @@ class IrqChip:
         return result
 
     def send_msi(self, msi: MsiRoute) -> int:
-        """How many APICs took it; -1 if it names none."""
+        """How many APICs took it; -1 if there are none."""
         return self.bus.deliver(msi.message(self.has_32_bit_ids))
 
     def set_routes(self, routes: Routes) -> None:
@@ -162,8 +174,10 @@ class IrqChip:
         is_level = bool(lapic.tmr >> vector & 1)
         if self.ioapic is not None:
             if is_level or self.ioapic.handled >> vector & 1:
-                self.ioapic.eoi(vector, is_level, lapic.suppresses_eoi)
-        elif self._level_vectors >> vector & 1 and is_level and not lapic.suppresses_eoi:
+                self.ioapic.eoi(vector, is_level)
+        elif self._level_vectors >> vector & 1 and is_level:
+            if lapic.suppresses_eoi and self.respects_suppressed_eoi:
+                return
             self._cpus[lapic].request_eoi_exit(vector)
 
     def acked(self, chip: int, pin: int) -> None:

@@ -124,13 +124,13 @@ class IoApic:
 
     # EOI
 
-    def eoi(self, vector: int, is_level: bool, is_suppressed: bool = False) -> None:
-        """The guest has ended an interrupt. `is_suppressed`: its APIC broadcasts no EOI, so a level pin stays as it is
-        until the guest writes the EOI register here, which KVM's has not. Source: __kvm_ioapic_update_eoi."""
+    def eoi(self, vector: int, is_level: bool) -> None:
+        """The guest has ended an interrupt. Its APIC cannot keep that to itself: this IOAPIC has no EOI register, so no
+        guest is offered to. Source: __kvm_ioapic_update_eoi."""
         for pin in range(PINS):
             if self.entries[pin] & 0xFF == vector:
                 self._listener.acked(pin)
-                if is_level and not is_suppressed:
+                if is_level:
                     self._end_level(pin)
 
     def _end_level(self, pin: int) -> None:

@@ -171,9 +171,9 @@ class Lapic:
 
     def accept(self, message: Message) -> int:
         """1 if it took the message, else 0. Source: __apic_accept_irq."""
+        if message.mode <= DeliveryMode.LOWEST:
+            return self._accept_vector(message)
         match message.mode:
-            case DeliveryMode.FIXED | DeliveryMode.LOWEST:
-                return self._accept_vector(message)
             case DeliveryMode.NMI:
                 self._cpu.inject_nmi()
             case DeliveryMode.INIT:

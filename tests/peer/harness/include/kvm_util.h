@@ -24,7 +24,7 @@ typedef u64 gva_t;
 #define GUEST_MEMFD_FLAG_MMAP (1ULL << 0)
 #define GUEST_MEMFD_FLAG_INIT_SHARED (1ULL << 1)
 #define KVM_CAP_GUEST_MEMFD_FLAGS 244
-#define KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES 250
+#define KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES 252
 
 struct kvm_memory_attributes2 {
     __u64 offset, size, attributes, flags, error_offset, reserved[11];
