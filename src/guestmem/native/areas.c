@@ -1,5 +1,4 @@
-/* The ranges of this process that the server must hear about: mappings of guest_memfds, and memory that a VM uses; and what
- * mbind() was told. A set for each kind, since they overlap; sorted, without overlaps in it, neighbours merged.
+/* The ranges of this process that the server must hear about: mappings of guest_memfds; and what mbind() was told. A set for each kind, since they overlap; sorted, without overlaps in it, neighbours merged.
  * Signals are blocked while the lock is held, so that a handler cannot wait for its own thread. */
 #define _GNU_SOURCE
 #include "shim.h"
@@ -17,9 +16,9 @@ struct set {
     size_t count, capacity;
 };
 
-enum { SETS = 3 };
+enum { SETS = 2 };
 
-static struct set sets[SETS];                   /* of AREA_GMEM, AREA_WATCHED, AREA_BOUND */
+static struct set sets[SETS];                   /* of AREA_GMEM, AREA_BOUND */
 static uintptr_t lowest = UINTPTR_MAX, highest; /* bounds of all areas ever: most ranges are outside */
 static pthread_rwlock_t lock = PTHREAD_RWLOCK_INITIALIZER;
 
@@ -30,7 +29,7 @@ static size_t set_count(int i)
 
 bool areas_exist(void)
 {
-    return set_count(0) || set_count(1);
+    return set_count(0);
 }
 
 static struct set *set_of(enum area_kind kind)
@@ -178,10 +177,8 @@ void areas_unlock(void)
     pthread_rwlock_unlock(&lock);
 }
 
-/* The child is another thread than the one that locked, so it starts with a lock of its own. Its VMs are its parent's:
- * it has no memory to watch. */
+/* The child is another thread than the one that locked, so it starts with a lock of its own. */
 void areas_after_fork(void)
 {
     lock = (pthread_rwlock_t)PTHREAD_RWLOCK_INITIALIZER;
-    __atomic_store_n(&set_of(AREA_WATCHED)->count, 0, __ATOMIC_RELEASE);
 }

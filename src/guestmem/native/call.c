@@ -1,6 +1,6 @@
 /* A call: the request out, the server's upcalls done, the answer in, signals held back as in a system call. */
 #define _GNU_SOURCE
-#include "shim.h"
+#include "vcpu.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -90,10 +90,13 @@ int call_on_channel(struct channel *channel, struct call *call)
 static int cancel_and_wait(struct channel *channel, struct wire_answer *answer)
 {
     struct wire_request cancel = {.op = OP_CANCEL};
+    struct thread *self = thread_self();
     struct message message;
     if (wire_send(channel->fd, &cancel, NULL, 0, -1, false) < 0)
         return EIO;
+    self->cancelling = true;
     int error = answer_wait(channel, &message, 0);
+    self->cancelling = false;
     if (error)
         return error;
     fds_close(&message, 0);
@@ -112,6 +115,10 @@ void call_finish_waiting(struct thread *self)
     int error = cancel_and_wait(self->channel, &self->parked.answer);
     if (error)
         self->parked.answer = (struct wire_answer){.error = error};
+    if (self->running) {
+        vcpu_unlock(self->running);
+        self->running = NULL;
+    }
 }
 
 /* EINTR: a signal was handled, or stays pending in the signal descriptor. EAGAIN: a packet is there. */
@@ -175,17 +182,23 @@ static int call_interruptible(struct thread *self, struct call *call, kernel_sig
     return error ? error : wait_interruptible(self, call, thread_mask);
 }
 
-int call_server(struct call *call)
+int call_blocked(struct call *call, kernel_sigset thread_mask)
 {
     struct thread *self = thread_self();
-    kernel_sigset old = signals_block();
-    call_finish_waiting(self);
     call->fd = -1;
     int error = thread_channel(self);
     if (!error && call->wait == WAIT_SIGNALS)
-        error = call_interruptible(self, call, old);
+        error = call_interruptible(self, call, thread_mask);
     else if (!error)
         error = call_on_channel(self->channel, call);
+    return error;
+}
+
+int call_server(struct call *call)
+{
+    kernel_sigset old = signals_block();
+    call_finish_waiting(thread_self());
+    int error = call_blocked(call, old);
     signals_restore(old);
     return error;
 }

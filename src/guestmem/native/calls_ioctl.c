@@ -7,16 +7,13 @@
 #include <linux/userfaultfd.h>
 #include <stdarg.h>
 #include <sys/ioctl.h>
-#include <sys/signalfd.h>
 
 #include "calls.h"
+#include "vcpu.h"
 
 enum { TYPE_KVM = 0xAE, TYPE_GMEM = 0xAF, TYPE_GUP_TEST = 'g', TYPE_IOMMU = ';', TYPE_USERFAULTFD = 0xAA };
 enum { FD_AT = 4 }; /* where a structure of /dev/liveupdate has its descriptor */
 
-#define KVM_RUN 0xAE80UL
-#define KVM_SET_SIGNAL_MASK 0x4004AE8BUL
-#define KVM_MEMORY_ENCRYPT_OP 0xC008AEBAUL
 
 /* Some files are known by their number, others are found when an ioctl of ours is tried on them. */
 static bool could_be_for_us(int fd, unsigned long request)
@@ -55,45 +52,6 @@ static long call_ioctl(struct call *call, const struct file *file, unsigned long
     return call->fd;
 }
 
-/* ---- KVM_RUN: a signal ends it, one that comes at any moment and one that was pending before */
-
-/* Signals that the vCPU's mask lets through, but not the thread's own: they end the run and stay pending. */
-static int pending_signals_fd(kernel_sigset through)
-{
-    struct thread *self = thread_self();
-    if (self->signal_fd_open && self->signal_fd_set == through)
-        return self->signal_fd;
-    kernel_sigset old = signals_block();
-    long fd = sys(SYS_signalfd4, self->signal_fd_open ? self->signal_fd : -1, &through, sizeof(through),
-                  SFD_CLOEXEC | SFD_NONBLOCK);
-    if (!is_error(fd) && !self->signal_fd_open) {
-        fd = descriptor_move_high((int)fd);
-        descriptor_hide((int)fd);
-    }
-    if (!is_error(fd)) {
-        self->signal_fd = (int)fd;
-        self->signal_fd_set = through;
-        self->signal_fd_open = true;
-    }
-    signals_restore(old);
-    return (int)fd;
-}
-
-static long vcpu_run(const struct file *file, uintptr_t argument)
-{
-    struct call call = {.wait = WAIT_SIGNALS};
-    kernel_sigset mask, own = 0;
-    if (vcpu_mask_get(file->id, &mask)) {
-        sys(SYS_rt_sigprocmask, SIG_BLOCK, 0, &own, sizeof(own));
-        call.run_mask = mask;
-        call.signal_fd = own & ~mask ? pending_signals_fd(own & ~mask) : -1;
-        call.with_signal_fd = call.signal_fd >= 0;
-    }
-    return call_ioctl(&call, file, KVM_RUN, argument);
-}
-
-/* ---- all others */
-
 /* The structures of iommufd and VFIO say their size themselves; what is no memory the server finds out. */
 enum { LARGEST_STRUCTURE = 256 };
 
@@ -105,17 +63,8 @@ static size_t iommu_structure(const void *argument)
     return size;
 }
 
-static long file_ioctl(const struct file *file, unsigned long request, uintptr_t argument)
+static long file_call(const struct file *file, unsigned long request, uintptr_t argument)
 {
-    unsigned type = request >> 8 & 0xff;
-    if (file->kind == KIND_GMEM && type != TYPE_KVM && type != TYPE_GMEM)
-        return -ENOTTY;
-    if ((file->kind == KIND_VM || file->kind == KIND_VCPU) && file->maker != process.client)
-        return -EIO;
-    if (file->kind == KIND_VCPU && request == KVM_RUN)
-        return vcpu_run(file, argument);
-    if (file->kind == KIND_VCPU && request == KVM_SET_SIGNAL_MASK)
-        return -vcpu_mask_set(file->id, (const void *)argument);
     struct call call = {.reply = (void *)argument};
     bool is_question = request == KVM_MEMORY_ENCRYPT_OP && !argument;
     if (_IOC_DIR(request) & _IOC_WRITE && !is_question) {
@@ -127,6 +76,40 @@ static long file_ioctl(const struct file *file, unsigned long request, uintptr_t
         call.payload_length = iommu_structure((const void *)argument);
     }
     return call_ioctl(&call, file, request, argument);
+}
+
+/* Others wait while a thread is in KVM_RUN, as for vcpu->mutex. */
+static long vcpu_ioctl(const struct file *file, unsigned long request, uintptr_t argument)
+{
+    struct vcpu *vcpu = vcpu_known(file->id);
+    if (request == KVM_RUN)
+        return vcpu_run(file, argument);
+    if (request == KVM_SET_SIGNAL_MASK)
+        return -vcpu_mask_set(file->id, (const void *)argument);
+    long result = request == KVM_GET_REGS ? vcpu_get_regs(file, (void *)argument) : 1;
+    if (result != 1)
+        return result;
+    if (!vcpu)
+        return file_call(file, request, argument);
+    kernel_sigset old = signals_block();
+    call_finish_waiting(thread_self());
+    vcpu_lock(vcpu);
+    result = file_call(file, request, argument);
+    vcpu_unlock(vcpu);
+    signals_restore(old);
+    return result;
+}
+
+static long file_ioctl(const struct file *file, unsigned long request, uintptr_t argument)
+{
+    unsigned type = request >> 8 & 0xff;
+    if (file->kind == KIND_GMEM && type != TYPE_KVM && type != TYPE_GMEM)
+        return -ENOTTY;
+    if ((file->kind == KIND_VM || file->kind == KIND_VCPU) && file->maker != process.client)
+        return -EIO;
+    if (file->kind == KIND_VCPU)
+        return vcpu_ioctl(file, request, argument);
+    return file_call(file, request, argument);
 }
 
 /* The client's own userfaultfd: a guest_memfd's mapping cannot be registered with one. */

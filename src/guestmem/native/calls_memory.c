@@ -13,9 +13,6 @@
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
-#ifndef MADV_DONTNEED_LOCKED
-#define MADV_DONTNEED_LOCKED 24
-#endif
 
 enum { PAGE_MASK = 4095 };
 
@@ -135,8 +132,8 @@ EXPORT int munmap(void *address, size_t length)
 /* key -1: plain mprotect(), which pkey_mprotect() with that key is, too. */
 long call_mprotect(void *address, size_t length, int protection, int key)
 {
-    if (process.active && areas_touch(address, length, AREA_ANY)) {
-        if (protection & PROT_EXEC && areas_touch(address, length, AREA_GMEM))
+    if (process.active && areas_touch(address, length, AREA_GMEM)) {
+        if (protection & PROT_EXEC)
             return -EACCES;
         if (!misaligned(address))
             call_words(OP_PROTECT, 0, (uintptr_t)address, length, (uint64_t)protection, 0);
@@ -172,30 +169,11 @@ static long advise_gmem(void *address, size_t length, int advice)
     }
 }
 
-/* The client's memory was private; what the server put in its place is shared, so pages do not go by themselves. */
-static long advise_watched(void *address, size_t length, int advice)
-{
-    switch (advice) {
-    case MADV_DONTNEED:
-    case MADV_DONTNEED_LOCKED:
-    case MADV_REMOVE:
-        call_words(OP_DISCARD, 0, (uintptr_t)address, length, 0, 0);
-        break;
-    case MADV_FREE:
-        return -call_words(OP_DISCARD, 0, (uintptr_t)address, length, 0, 0);
-    default:
-        break;
-    }
-    return sys(SYS_madvise, address, length, advice);
-}
-
 long call_madvise(void *address, size_t length, int advice)
 {
-    if (!process.active || misaligned(address) || !areas_touch(address, length, AREA_ANY))
+    if (!process.active || misaligned(address) || !areas_touch(address, length, AREA_GMEM))
         return sys(SYS_madvise, address, length, advice);
-    if (areas_touch(address, length, AREA_GMEM))
-        return advise_gmem(address, length, advice);
-    return advise_watched(address, length, advice);
+    return advise_gmem(address, length, advice);
 }
 
 EXPORT int madvise(void *address, size_t length, int advice)

@@ -1,4 +1,4 @@
-/* Mappings and resident pages, by the ioctls that recent kernels have for that, else by the files under /proc. */
+/* Mappings, by the ioctl that recent kernels have for that, else by the file under /proc. */
 #define _GNU_SOURCE
 #include "pages.h"
 
@@ -108,76 +108,4 @@ int vma_next(uintptr_t address, struct vma *vma)
         error = vma_scan(maps, address, vma);
     sys(SYS_close, maps);
     return error;
-}
-
-/* ---- pages: PAGEMAP_SCAN (Linux 6.7), or the words of /proc/self/pagemap, or all of them */
-
-struct pm_scan_arg {
-    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, category_inverted, category_mask,
-        category_anyof_mask, return_mask;
-};
-
-#define PAGEMAP_SCAN_ _IOWR('f', 16, struct pm_scan_arg)
-enum { PAGE_PRESENT = 1 << 3, PAGE_SWAPPED = 1 << 4, PAGE_ZERO = 1 << 5 };
-enum { PAGE = 4096, WORDS = 64 };
-
-void page_runs_begin(struct page_runs *runs, const void *address, size_t length)
-{
-    runs->at = (uintptr_t)address;
-    runs->end = (uintptr_t)address + length;
-    runs->count = runs->next = 0;
-    runs->pagemap = (int)sys(SYS_openat, AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0);
-}
-
-void page_runs_end(struct page_runs *runs)
-{
-    if (runs->pagemap >= 0)
-        sys(SYS_close, runs->pagemap);
-}
-
-static bool scan(struct page_runs *runs)
-{
-    struct pm_scan_arg arg = {.size = sizeof(arg),
-                              .start = runs->at,
-                              .end = runs->end,
-                              .vec = (uintptr_t)runs->found,
-                              .vec_len = PAGE_RUNS,
-                              .category_anyof_mask = PAGE_PRESENT | PAGE_SWAPPED,
-                              .return_mask = PAGE_PRESENT | PAGE_SWAPPED | PAGE_ZERO};
-    long count = sys(SYS_ioctl, runs->pagemap, PAGEMAP_SCAN_, &arg);
-    if (is_error(count))
-        return false;
-    runs->count = count;
-    runs->at = arg.walk_end;
-    return true;
-}
-
-static void read_words(struct page_runs *runs)
-{
-    uint64_t words[WORDS];
-    long got = sys(SYS_pread64, runs->pagemap, words, sizeof(words), runs->at / PAGE * sizeof(words[0]));
-    long known = got > 0 ? got / (long)sizeof(words[0]) : 0;
-    uintptr_t stop = runs->at + WORDS * (uintptr_t)PAGE;
-    for (long i = 0; runs->at < stop && runs->at < runs->end; i++, runs->at += PAGE)
-        if (i >= known || words[i] >> 62)
-            runs->found[runs->count++] = (struct page_run){runs->at, runs->at + PAGE, PAGE_PRESENT};
-}
-
-bool page_runs_next(struct page_runs *runs, uintptr_t *start, uintptr_t *end)
-{
-    for (;;) {
-        while (runs->next < runs->count) {
-            const struct page_run *run = &runs->found[runs->next++];
-            if (run->categories & PAGE_ZERO)
-                continue;
-            *start = run->start;
-            *end = run->end;
-            return true;
-        }
-        if (runs->at >= runs->end)
-            return false;
-        runs->count = runs->next = 0;
-        if (!scan(runs))
-            read_words(runs);
-    }
 }

@@ -1,6 +1,6 @@
 /* Start, fork and exec. */
 #define _GNU_SOURCE
-#include "shim.h"
+#include "vcpu.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -30,7 +30,8 @@ static void become_child(void)
     process.client = 0;
     areas_after_fork();
     guard_after_fork();
-    replace_after_fork();
+    spaces_after_fork();
+    faults_after_fork();
     channels_after_fork();
     *alive = 1;
     if (areas_exist())
@@ -58,14 +59,14 @@ static void fork_prepare(void)
     mask_before_fork = signals_block();
     channels_lock();
     guard_lock();
-    replace_lock();
+    spaces_lock();
     areas_lock();
 }
 
 static void fork_parent(void)
 {
     areas_unlock();
-    replace_unlock();
+    spaces_unlock();
     guard_unlock();
     channels_unlock();
     signals_restore(mask_before_fork);

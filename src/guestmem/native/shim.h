@@ -39,6 +39,7 @@ typedef uint64_t kernel_sigset;
 kernel_sigset signals_block(void);
 void signals_restore(kernel_sigset old);
 bool signals_pending(kernel_sigset blocked);
+int pending_signals_fd(kernel_sigset through); /* readable while one of these is pending */
 
 /* The mask of KVM_SET_SIGNAL_MASK: false if the vCPU has none. */
 bool vcpu_mask_get(uint64_t file, kernel_sigset *mask);
@@ -69,6 +70,9 @@ struct thread {
     int signal_fd; /* of signals that end KVM_RUN and stay pending */
     bool signal_fd_open;
     kernel_sigset signal_fd_set;
+    struct vcpu *running;  /* the vCPU whose KVM_RUN waits for the server */
+    kernel_sigset ends_by; /* signals that end that run */
+    bool cancelling;       /* the call was told to end: no guest is entered any more */
 };
 
 struct thread *thread_self(void);
@@ -106,6 +110,7 @@ struct call {
 
 /* 0 or an errno: the answer's, EFAULT of the payloads, EMFILE, or EIO without a server. */
 int call_server(struct call *call);
+int call_blocked(struct call *call, kernel_sigset thread_mask); /* signals are blocked already, the mask was this */
 /* A call of four words. */
 int call_words(enum wire_op op, uint64_t file, uint64_t a, uint64_t b, uint64_t c, uint64_t d);
 /* One exchange, signals blocked, upcalls done. For channel.c. */
@@ -152,7 +157,7 @@ void files_sync(void);
 
 /* ---- areas.c: ranges of this process that the server must hear about */
 
-enum area_kind { AREA_GMEM = 1, AREA_WATCHED = 2, AREA_BOUND = 4, AREA_ANY = 7 };
+enum area_kind { AREA_GMEM = 1, AREA_BOUND = 2, AREA_ANY = 3 };
 
 bool areas_touch(const void *address, size_t length, enum area_kind kinds);
 void areas_add(const void *address, size_t length, enum area_kind kind);
@@ -171,10 +176,11 @@ void guard_lock(void);
 void guard_unlock(void);
 void guard_after_fork(void);
 
-/* ---- upcalls.c, replace.c */
+/* ---- upcalls.c */
+
+struct range {
+    uint64_t address, length;
+};
 
 int upcall_do(struct channel *channel, struct message *message); /* and answer it; errno if the channel broke */
-int replace_memory(char *address, size_t length, int protection, unsigned flags, int fd);
-void replace_lock(void);
-void replace_unlock(void);
-void replace_after_fork(void);
+int zap_ranges(const unsigned char *ranges, size_t length);

@@ -1,7 +1,9 @@
 /* Signals: kept away while the shim works, as they are from a system call in the kernel; and KVM_SET_SIGNAL_MASK. */
+#define _GNU_SOURCE
 #include "shim.h"
 
 #include <pthread.h>
+#include <sys/signalfd.h>
 
 #define SIGNAL_BIT(signal) (1ULL << ((signal)-1))
 
@@ -99,4 +101,26 @@ int vcpu_mask_set(uint64_t file, const void *argument)
     pthread_mutex_unlock(&masks_lock);
     signals_restore(old);
     return error;
+}
+
+/* Signals that the vCPU's mask lets through, but not the thread's own: they end the run and stay pending. */
+int pending_signals_fd(kernel_sigset through)
+{
+    struct thread *self = thread_self();
+    if (self->signal_fd_open && self->signal_fd_set == through)
+        return self->signal_fd;
+    kernel_sigset old = signals_block();
+    long fd = sys(SYS_signalfd4, self->signal_fd_open ? self->signal_fd : -1, &through, sizeof(through),
+                  SFD_CLOEXEC | SFD_NONBLOCK);
+    if (!is_error(fd) && !self->signal_fd_open) {
+        fd = descriptor_move_high((int)fd);
+        descriptor_hide((int)fd);
+    }
+    if (!is_error(fd)) {
+        self->signal_fd = (int)fd;
+        self->signal_fd_set = through;
+        self->signal_fd_open = true;
+    }
+    signals_restore(old);
+    return (int)fd;
 }

@@ -6,6 +6,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "vcpu.h"
+
 #ifndef MADV_DONTNEED_LOCKED
 #define MADV_DONTNEED_LOCKED 24
 #endif
@@ -20,10 +22,6 @@ struct done {
     uint64_t facts[3];
 };
 
-struct range {
-    uint64_t address, length;
-};
-
 /* A range may have lost pages or all of itself since the server looked: what is not there needs no zap. */
 static int zap(struct range range)
 {
@@ -33,21 +31,21 @@ static int zap(struct range range)
     return result && result != -ENOMEM ? (int)-result : 0;
 }
 
-static int up_zap(const struct channel *channel, size_t length)
+int zap_ranges(const unsigned char *ranges, size_t length)
 {
     int error = 0;
     for (size_t at = 0; at + sizeof(struct range) <= length; at += sizeof(struct range)) {
         struct range range;
-        memcpy(&range, channel->buffer + at, sizeof(range));
+        memcpy(&range, ranges + at, sizeof(range));
         int failed = zap(range);
         error = error ? error : failed;
     }
     return error;
 }
 
-static int map_over(uint64_t address, uint64_t length, int protection, int flags, int fd, uint64_t offset)
+static int map_over(uint64_t address, uint64_t length, int protection, int fd, uint64_t offset)
 {
-    long result = sys(SYS_mmap, address, length, protection, MAP_FIXED | MAP_NORESERVE | flags, fd, offset);
+    long result = sys(SYS_mmap, address, length, protection, MAP_FIXED | MAP_NORESERVE | MAP_SHARED, fd, offset);
     return is_error(result) ? (int)-result : 0;
 }
 
@@ -57,7 +55,7 @@ static int up_overlay(const struct wire_answer *up)
     long empty = sys(SYS_memfd_create, "guestmem-private", MFD_CLOEXEC);
     if (is_error(empty))
         return (int)-empty;
-    int error = map_over(up->a, up->b, PROT_READ | PROT_WRITE, MAP_SHARED, (int)empty, 0);
+    int error = map_over(up->a, up->b, PROT_READ | PROT_WRITE, (int)empty, 0);
     sys(SYS_close, empty);
     return error;
 }
@@ -79,12 +77,14 @@ static int up_fd(const struct wire_answer *up, struct done *done)
     return 0;
 }
 
-static int up_replace(const struct wire_answer *up, int fd)
+static int up_alias(const struct wire_answer *up, int fd, struct done *done)
 {
-    int error = fd < 0 ? EINVAL : replace_memory((char *)up->a, up->b, (int)up->c, (unsigned)up->d, fd);
-    if (!error)
-        areas_add((void *)up->a, up->b, AREA_WATCHED);
-    return error;
+    return fd < 0 ? EINVAL : alias_map(fd, up->a, up->b, &done->request.b);
+}
+
+static int up_unalias(const struct wire_answer *up)
+{
+    return (int)-sys(SYS_munmap, up->a, up->b);
 }
 
 static int run(const struct channel *channel, const struct message *message, struct done *done)
@@ -93,26 +93,33 @@ static int run(const struct channel *channel, const struct message *message, str
     int fd = message->fd_count ? message->fds[0] : -1;
     switch (up->op) {
     case UP_ZAP:
-        return up_zap(channel, message->length);
+        return zap_ranges(channel->buffer, message->length);
     case UP_READ:
         done->payload = (const void *)up->a;
         done->length = up->b;
         return 0;
     case UP_WRITE:
         return copy_to_client((void *)up->a, channel->buffer, message->length);
-    case UP_REPLACE:
-        return up_replace(up, fd);
-    case UP_WATCH:
-        areas_add((void *)up->a, up->b, AREA_WATCHED);
-        return 0;
     case UP_OVERLAY:
         return up_overlay(up);
     case UP_UNCOVER:
-        return map_over(up->a, up->b, (int)up->c, MAP_SHARED, fd, up->d);
-    case UP_PRIVATE:
-        return map_over(up->a, up->b, (int)up->c, MAP_PRIVATE, fd, up->d);
+        return map_over(up->a, up->b, (int)up->c, fd, up->d);
     case UP_FD:
         return up_fd(up, done);
+    case UP_ENTER:
+        return vcpu_enter(channel->buffer, message->length, &done->request.b);
+    case UP_DROP:
+        return space_drop(channel->buffer, message->length);
+    case UP_ALIAS:
+        return up_alias(up, fd, done);
+    case UP_UNALIAS:
+        return up_unalias(up);
+    case UP_KICK:
+        vcpu_kick(up->a);
+        return 0;
+    case UP_FORGET:
+        space_forget(up->a);
+        return 0;
     default:
         return ENOSYS;
     }

@@ -16,14 +16,14 @@ enum wire_op {
     OP_UNMAP,
     OP_MOVED,
     OP_PROTECT,
-    OP_DISCARD,
-    OP_FALLOCATE,
+    OP_FALLOCATE = 12,
     OP_REMOVE,
     OP_SYNC,
     OP_GUARD,
     OP_CANCEL,
     OP_UPCALL_DONE,
     OP_STAT,
+    OP_VCPU,
 };
 
 enum wire_upcall {
@@ -31,19 +31,23 @@ enum wire_upcall {
     UP_ZAP,
     UP_READ,
     UP_WRITE,
-    UP_REPLACE,
-    UP_WATCH,
-    UP_OVERLAY,
+    UP_OVERLAY = 6,
     UP_UNCOVER,
-    UP_PRIVATE,
-    UP_FD,
+    UP_FD = 9,
+    UP_ENTER,
+    UP_DROP,
+    UP_ALIAS,
+    UP_UNALIAS,
+    UP_KICK,
+    UP_FORGET,
 };
 
 enum { HELLO_HELPER = 1, HELLO_FORKED = 2 };
 enum { OPEN_KVM = 1, OPEN_GUP_TEST = 2, OPEN_IOMMU = 3, OPEN_VFIO = 4, OPEN_LIVE_UPDATE = 100 };
 enum { VFIO_DEVICES = 6 };
 enum { ANSWER_KEEP_ON_EXEC = 1, ANSWER_FD_IN_ARGUMENT = 2 };
-enum { REPLACE_HUGETLB = 1, REPLACE_PRIVATE = 2 };
+enum { RUN_OWN = 1 };    /* RUN_FD for the shim's own use, not for a mmap() of the client */
+enum { STOP_LEFT = 100 }; /* of ENTER: the exit is written, KVM_RUN returns 0 */
 
 struct wire_request {
     uint32_t op, flags;
