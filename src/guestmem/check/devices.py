@@ -21,7 +21,7 @@ def stale_translations(world: World) -> Iterator[str]:
     for _, domain in domains(world):
         for cached in domain.iotlb.leaves():
             current = domain.table.lookup(cached.page)
-            if current is None or current.hva_at(cached.page) != cached.hva_at(cached.page):
+            if current is None or current.place_at(cached.page) != cached.place_at(cached.page):
                 yield f"the IOTLB of domain {domain.number} has {cached.page << 12:#x}, its table no longer has it"
 
 

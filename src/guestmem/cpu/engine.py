@@ -12,6 +12,7 @@ two instructions and the order of slices is the scheduler's.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -221,8 +222,14 @@ Stop: TypeAlias = (
     | Shutdown
     | InterruptWindow
     | SliceOver
+    | Left
     | Failed
 )
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Left:
+    """Of an engine elsewhere: the exit is written, where the VMM finds it. Complete."""
+
 
 CpuidTable: TypeAlias = dict[tuple[int, int], tuple[int, int, int, int]]
 """(leaf, subleaf) to (eax, ebx, ecx, edx); subleaf 0 also answers for leaves that have none."""
@@ -275,6 +282,18 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give back what the engine holds. Idempotent."""
         ...
+
+
+class RemoteEngine(abc.ABC):
+    """An Engine whose CPU runs in another process: entered and awaited where one here is called."""
+
+    @abc.abstractmethod
+    async def enter(self) -> Stop:
+        """As `Engine.run`, for as long as nothing else is wanted of the vCPU."""
+
+    @abc.abstractmethod
+    def map_mmio(self, gpa: int, write: bool) -> None:
+        """KVM found the access that missed at `gpa` to be to no memory: repeat it as MMIO."""
 
 
 class CpuState(Protocol):

@@ -12,7 +12,6 @@ Source: PCIe ATS and PRI as drivers/iommu/io-pgfault.c answers them.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import errno
 from collections import Counter
@@ -21,8 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from guestmem.iommu.addresses import IoPage, Iova, io_page_of
 from guestmem.iommu.domain import Domain
 from guestmem.iommu.ioas import Ioas, check_permission
-from guestmem.iommu.leaves import GmemLeaf
-from guestmem.memory import PAGE_SIZE, Pfn, read_host, write_host
+from guestmem.iommu.leaves import GmemLeaf, IoLeaf
+from guestmem.memory import PAGE_SIZE, Pfn
 from guestmem.sched import Lock, LockClass, Scheduler
 from guestmem.trace import Refusal, Tracer
 from guestmem.trace import events as event
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 MACHINE_CHECK = "dma.machine_check"
 """The rule of a DMA that stops the machine."""
-_ZEROS = ctypes.create_string_buffer(PAGE_SIZE)
-"""What a read finds that the hardware gives nothing else."""
 
 
 class DmaFault(Exception):
@@ -86,7 +83,7 @@ class DmaDevice:
         while len(parts) < size:
             at = Iova(iova + len(parts))
             count = min(PAGE_SIZE - at % PAGE_SIZE, size - len(parts))
-            parts += read_host(await self._reach(at, False, len(parts)), count)
+            parts += await self._access(at, False, len(parts), bytes(count))
             self._bytes_read += count
         return bytes(parts)
 
@@ -96,7 +93,7 @@ class DmaDevice:
         while done < len(data):
             at = Iova(iova + done)
             count = min(PAGE_SIZE - at % PAGE_SIZE, len(data) - done)
-            write_host(await self._reach(at, True, done), data[done : done + count])
+            await self._access(at, True, done, data[done : done + count])
             self._bytes_written += count
             done += count
 
@@ -104,8 +101,8 @@ class DmaDevice:
         """Let others run, in every mode: a device is no reason for anybody to wait."""
         await self._scheduler.cond_resched("DMA in progress")
 
-    async def _reach(self, iova: Iova, write: bool, done: int) -> int:
-        """The server's address of a byte. The access must be made before the next await: until then it is allowed."""
+    async def _access(self, iova: Iova, write: bool, done: int, data: bytes) -> bytes:
+        """Move bytes inside of a page, as many as `data` has; those that were read."""
         page = io_page_of(iova)
         while True:
             await self._scheduler.preempt("DMA")
@@ -115,10 +112,7 @@ class DmaDevice:
                     raise Refusal(errno.EFAULT, "dma.not_attached", device=self.number)
                 leaf = attachment.domain.translate(page)
                 if leaf is not None:
-                    check_permission(leaf, page, write)
-                    if leaf.rules is not None and not _moves_bytes(attachment.domain, leaf, page, write):
-                        return ctypes.addressof(_ZEROS)
-                    return leaf.hva_at(page) + iova % PAGE_SIZE
+                    return await _move(attachment.domain, leaf, iova, write, data)
                 if not self.page_requests:
                     raise Refusal(errno.EFAULT, "dma.unmapped", iova=iova)
                 await attachment.ioas.page_request(attachment.domain, page, write)
@@ -136,6 +130,18 @@ class DmaDevice:
             self._tracer.emit(event.IommuFault(domain, self.number, iova, write, refusal.rule))
             if refusal.rule == MACHINE_CHECK:
                 self._tracer.emit(event.MachineCheck(self.number, iova))
+
+
+async def _move(domain: Domain, leaf: IoLeaf, iova: Iova, write: bool, data: bytes) -> bytes:
+    """In one step with the translation where the memory is here; that of a process stays pinned until it has moved."""
+    page, offset = io_page_of(iova), iova % PAGE_SIZE
+    check_permission(leaf, page, write)
+    if leaf.rules is not None and not _moves_bytes(domain, leaf, page, write):
+        return bytes(len(data))  # what a read finds that the hardware gives nothing else
+    if not write:
+        return await leaf.read(page, offset, len(data))
+    await leaf.write(page, offset, data)
+    return data
 
 
 def _moves_bytes(domain: Domain, leaf: GmemLeaf, page: IoPage, write: bool) -> bool:

@@ -233,5 +233,5 @@ class Domain:
             assert agrees, f"S13: {leaf} is over entries of another size, or none"
         for leaf in self.iotlb.leaves():
             current = self.table.lookup(leaf.page)
-            assert current is not None and current.hva_at(leaf.page) == leaf.hva_at(leaf.page), f"S3: stale {leaf}"
+            assert current is not None and current.place_at(leaf.page) == leaf.place_at(leaf.page), f"S3: stale {leaf}"
         assert not self.window.open, f"S4: {self.window.open} windows of domain {self.number} are open"

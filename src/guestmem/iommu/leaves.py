@@ -7,15 +7,20 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from guestmem.arch import Block, DmaRules
 from guestmem.iommu.addresses import IoPage
-from guestmem.memory import PAGE_SHIFT, Inode, PageIndex, Pfn, Range
+from guestmem.memory import PAGE_SHIFT, Inode, PageIndex, Pfn, Range, read_host, write_host
 from guestmem.memory.pages import ORDER_4K
 
 
 class PinnedPage(Protocol):
     """A page of a host address space or of a file that stays where it is until it is put."""
 
-    @property
-    def hva(self) -> int: ...
+    async def read(self, offset: int, size: int) -> bytes:
+        """Bytes of it. Raises: Refusal EFAULT `user.page`, where it cannot be touched any more."""
+        ...
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Raises: as `read`."""
+        ...
 
     def put(self) -> None: ...
 
@@ -52,6 +57,16 @@ class GmemLeaf(NamedTuple):
     def hva_at(self, page: IoPage) -> int:
         return self.hva + ((page - self.page) << PAGE_SHIFT)
 
+    def place_at(self, page: IoPage) -> int:
+        """The same for two leaves that show the same memory at `page`."""
+        return self.hva_at(page)
+
+    async def read(self, page: IoPage, offset: int, size: int) -> bytes:
+        return read_host(self.hva_at(page) + offset, size)
+
+    async def write(self, page: IoPage, offset: int, data: bytes) -> None:
+        write_host(self.hva_at(page) + offset, data)
+
     def part(self, page: IoPage, order: int) -> GmemLeaf:
         """The leaf over a block inside this one."""
         inside = page - self.page
@@ -78,8 +93,14 @@ class PinnedLeaf(NamedTuple):
     def order(self) -> int:
         return ORDER_4K
 
-    def hva_at(self, page: IoPage) -> int:
-        return self.pinned.hva
+    def place_at(self, page: IoPage) -> int:
+        return id(self.pinned)
+
+    async def read(self, page: IoPage, offset: int, size: int) -> bytes:
+        return await self.pinned.read(offset, size)
+
+    async def write(self, page: IoPage, offset: int, data: bytes) -> None:
+        await self.pinned.write(offset, data)
 
 
 IoLeaf: TypeAlias = GmemLeaf | PinnedLeaf

@@ -165,6 +165,8 @@ class KvmGmemContext:
                 self._erase(slot)
             if ranges:
                 await self.kvm.stage2.end()
+        if self.kvm.stage2.remote is not None:
+            await self.kvm.stage2.remote.forget(self.inode)
         await self.registration.unregister()
         await self.kvm.put()
 

@@ -52,6 +52,7 @@ async def _clean(kvm: Kvm, slot: MemorySlot, dirty: list[int]) -> None:
         for page in dirty:
             gfn = slot.gfns.start + page
             kvm.stage2.zap(Range(Gfn(gfn), Gfn(gfn + 1)), (Access.SHARED,))
+        await kvm.stage2.flush_remote()
 
 
 def _bitmap(dirty: list[int], pages: int) -> bytes:

@@ -86,6 +86,7 @@ async def _move(kvm: Kvm, source: Kvm) -> None:
     async with source.stage2.mmu_lock:
         source.stage2.window.sequence.bump()
         source.stage2.zap(Range(Gfn(0), Gfn(source.attributes.count)), BOTH)
+        await source.stage2.flush_remote()
         source.kick_vcpus()
         kvm.machine, source.machine = source.machine, kvm.machine
         for each in (kvm, source):

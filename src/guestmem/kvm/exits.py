@@ -56,6 +56,11 @@ class MemoryFaultExit:
 
 
 @dataclasses.dataclass(slots=True)
+class LeftExit:
+    """KVM_RUN has come back where the vCPU runs, in another process: struct kvm_run says why already."""
+
+
+@dataclasses.dataclass(slots=True)
 class HltExit:
     """KVM_EXIT_HLT (no interrupt controller in the kernel)."""
 
@@ -106,6 +111,7 @@ Exit: TypeAlias = (
     | MmioExit
     | HypercallExit
     | MemoryFaultExit
+    | LeftExit
     | HltExit
     | ShutdownExit
     | IrqWindowOpenExit

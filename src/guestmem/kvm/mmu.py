@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from guestmem.kvm.vm import Kvm
 
 
+_USER_ORDERS = (18, 9)
+
+
 class FaultResult(enum.Enum):
     """MAPPED: repeat the access. RETRY: so too, but nothing was mapped. MMIO: no memory there."""
 
@@ -107,7 +110,9 @@ async def _find_page(
         return await find_gmem_page(kvm, slot, gfn, asked, held)
     entry = await kvm.mm.user_page(slot.hva_of(gfn), write)
     writable = entry.writable and slot.writable and (write or slot.dirty is None)
-    return Leaf(gfn, 0, entry.pfn, entry.hva, entry.window, writable), Access.SHARED
+    order = _user_order(kvm, slot, gfn, entry.order)
+    start = block(gfn, order).start
+    return Leaf(start, order, entry.pfn, entry.hva - ((gfn - start) << PAGE_SHIFT), entry.window, writable), Access.SHARED
 
 
 async def find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, held: list[File]) -> tuple[Leaf, Access]:
@@ -122,6 +127,14 @@ async def find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, he
     inside = gfn - start
     leaf = Leaf(start, order, Pfn(page.pfn - inside), page.hva - (inside << PAGE_SHIFT), page.window, writable=True)
     return leaf, access
+
+
+def _user_order(kvm: Kvm, slot: MemorySlot, gfn: Gfn, limit: int) -> int:
+    """The largest order, up to that of the host's memory, whose block lies inside the slot. Pages that are logged or may
+    be private are mapped one by one. Source: kvm_mmu_max_mapping_level, kvm_mmu_hugepage_adjust."""
+    if not limit or slot.dirty is not None or kvm.has_private_memory:
+        return 0
+    return next((order for order in _USER_ORDERS if order <= limit and slot.gfns.covers(block(gfn, order))), 0)
 
 
 def _leaf_order(slot: MemorySlot, gfn: Gfn, limit: int, orders: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.context import KvmGmemContext
 from guestmem.kvm.memslots import MemorySlot
 from guestmem.kvm.vm import Kvm, PinnedPage
-from guestmem.memory import PAGE_SIZE, Access, File, Page, read_host, write_host
+from guestmem.memory import PAGE_SIZE, Access, File, Page, write_host
 from guestmem.trace import Refusal
 
 PostPopulate: TypeAlias = Callable[[Gfn, Page, "PinnedPage | None"], Awaitable[None]]
@@ -26,7 +26,7 @@ PostPopulate: TypeAlias = Callable[[Gfn, Page, "PinnedPage | None"], Awaitable[N
 async def copy_source(gfn: Gfn, page: Page, source: PinnedPage | None) -> None:
     """PostPopulate of a software-protected VM: the source's bytes, as they are."""
     if source is not None:
-        write_host(page.hva, read_host(source.hva, PAGE_SIZE))
+        write_host(page.hva, await source.read(0, PAGE_SIZE))
 
 
 async def populate(

@@ -137,6 +137,7 @@ async def _create(kvm: Kvm, files: OpenFiles, region: Region, leftover: list[Fil
         await _unbind(slot, leftover)
         raise
     await kvm.swap_memslots(kvm.memslots.replace(None, slot))
+    await kvm.stage2.memory_appears(slot.gfns)
 
 
 async def _change(kvm: Kvm, old: MemorySlot, region: Region) -> None:
@@ -154,12 +155,14 @@ async def _change(kvm: Kvm, old: MemorySlot, region: Region) -> None:
             await kvm.swap_memslots(kvm.memslots.replace(old, new))
             async with kvm.stage2.mmu_lock:  # writable leaves would write past a log that has begun
                 kvm.stage2.zap(new.gfns, BOTH)
+                await kvm.stage2.flush_remote()
             old.freed = True
         return
     _check_free(kvm, new)
     _check_reachable(kvm, new)
     await _retire(kvm, old)
     await kvm.swap_memslots(kvm.memslots.replace(old, new))
+    await kvm.stage2.memory_appears(new.gfns)
     old.freed = True
 
 
@@ -178,6 +181,7 @@ async def _retire(kvm: Kvm, slot: MemorySlot) -> None:
     await state_page.reload(kvm, [slot.gfns])
     async with kvm.stage2.mmu_lock:
         kvm.stage2.zap(slot.gfns, BOTH)
+        await kvm.stage2.flush_remote()
         if slot.context is not None:
             protection.unmapped(slot.context, [slot])
 

@@ -10,11 +10,11 @@ Source: arch/x86/kvm/mmu/tdp_mmu.c and virt/kvm/kvm_main.c in effect.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from guestmem.cpu.engine import HostWindow, PageBit, Translation
 from guestmem.kvm.addresses import Gfn, gfn_of
-from guestmem.memory import PAGE_SHIFT, Access, PageTable, Pfn, Range, Window
+from guestmem.memory import PAGE_SHIFT, Access, Inode, PageTable, Pfn, Range, Window
 from guestmem.sched import Lock, LockClass, Scheduler
 from guestmem.trace import Tracer
 from guestmem.trace import events as event
@@ -35,6 +35,26 @@ class Leaf(NamedTuple):
         return self.gfn, self.order, self.pfn, self.writable
 
 
+USER_MEMORY = (0, 1 << 47)
+"""The window of a leaf whose address is one of the process that made the VM, whose memory is not mapped here."""
+
+
+class RemoteTlbs(Protocol):
+    """vCPUs that run in another process, and have leaves there."""
+
+    def drop(self, gfns: Range[Gfn], accesses: tuple[Access, ...]) -> None:
+        """These leaves are no more. mmu_lock held; from now on none of them is sent."""
+        ...
+
+    async def flush(self) -> None:
+        """Returns when no vCPU can reach what was dropped before the call. Source: kvm_flush_remote_tlbs."""
+        ...
+
+    async def forget(self, inode: Inode) -> None:
+        """A view of the inode goes; nothing of it is mapped any more."""
+        ...
+
+
 class Stage2:
     """The guest's address space as KVM maps it. `flush` drops what vCPUs cached of it."""
 
@@ -46,6 +66,7 @@ class Stage2:
         """What the hardware checks besides the leaf, at each access through a private one."""
         self.page_bit: PageBit | None = None
         """Of the guest's own tables. Frames are without it: what it says is which of ours an access goes through."""
+        self.remote: RemoteTlbs | None = None
         self._flush = flush
         self._tracer = tracer
         self._vm = vm
@@ -88,8 +109,10 @@ class Stage2:
         return self.window.blocks(seen, Range(leaf.gfn, Gfn(leaf.gfn + (1 << leaf.order))))
 
     def zap(self, gfns: Range[Gfn], accesses: Iterable[Access]) -> None:
-        """Remove the leaves of these kinds over `gfns` and what vCPUs cached of them. mmu_lock held."""
+        """Remove the leaves of these kinds over `gfns` and what vCPUs here cached of them; those elsewhere have let go
+        of them after `flush_remote`. mmu_lock held."""
         assert self.mmu_lock.held_by_me, "zap without mmu_lock"
+        accesses = tuple(accesses)
         zapped = 0
         for access in accesses:
             leaves = self.tables[access].zap(gfns)
@@ -98,6 +121,20 @@ class Stage2:
                 self._tracer.emit(event.KvmUnmap(self._vm, gfns.start, gfns.end, access.value, leaves))
         if zapped:
             self._flush()
+            if self.remote is not None:
+                self.remote.drop(gfns, accesses)
+
+    async def flush_remote(self) -> None:
+        """Wait until no vCPU of another process can reach what was zapped."""
+        if self.remote is not None:
+            await self.remote.flush()
+
+    async def memory_appears(self, gfns: Range[Gfn]) -> None:
+        """Frames that vCPUs may know as no memory have a slot now. Source: kvm_mmu_invalidate_mmio_sptes."""
+        self._flush()
+        if self.remote is not None:
+            self.remote.drop(gfns, tuple(Access))
+            await self.remote.flush()
 
     async def begin(
         self, ranges: list[Range[Gfn]], accesses: Iterable[Access], around: list[Range[Gfn]] | None = None
@@ -110,6 +147,7 @@ class Stage2:
             self.window.begin(Range(min(r.start for r in closed), max(r.end for r in closed)))
             for gfns in ranges:
                 self.zap(gfns, accesses)
+            await self.flush_remote()
 
     async def end(self) -> None:
         """Close one window."""

@@ -10,9 +10,10 @@ Source: arch/x86/kvm/x86.c vcpu_enter_guest, vcpu_run; Documentation/virt/kvm/ap
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from guestmem.cpu import engine as cpu
-from guestmem.cpu.engine import Engine
+from guestmem.cpu.engine import Engine, GuestMemory
 from guestmem.kvm.addresses import gfn_of
 from guestmem.kvm.exits import (
     Exit,
@@ -23,6 +24,7 @@ from guestmem.kvm.exits import (
     InterruptedExit,
     IoExit,
     IrqWindowOpenExit,
+    LeftExit,
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
@@ -101,7 +103,7 @@ class Vcpu:
         """
         if self.mutex.owner is not None or self.immediate_exit or self._begun is not None or self.kvm.dead:
             return None
-        if self.guest_mode is not None:
+        if self.guest_mode is not None or isinstance(self.engine, cpu.RemoteEngine):
             return None
         self.kvm.entered = True
         self._answer()
@@ -138,13 +140,18 @@ class Vcpu:
             self.kvm.check_alive()
             self.kvm.entered = True
             if self.guest_mode is None:
-                stop, self._begun = self._begun or self.engine.run(), None
+                stop, self._begun = self._begun or await self.slice(), None
                 exit_ = await self._handle(stop)
             else:
                 exit_ = await self._handle(await self.guest_mode.run())
             if exit_ is not None:
                 return exit_
             await self.kvm.scheduler.cond_resched("vCPU slice")
+
+    async def slice(self) -> cpu.Stop:
+        """Run the guest, here for a slice, or where the vCPU is until it stops."""
+        engine = self.engine
+        return await engine.enter() if isinstance(engine, cpu.RemoteEngine) else engine.run()
 
     def _answer(self) -> None:
         """Hand the engine what the VMM filled into the last exit."""
@@ -185,6 +192,8 @@ class Vcpu:
                 return ShutdownExit()
             case cpu.InterruptWindow():
                 return IrqWindowOpenExit()
+            case cpu.Left():
+                return LeftExit()
             case cpu.Failed():
                 return InternalErrorExit(stop.rip, stop.why)
             case FailEntryExit():
@@ -240,7 +249,9 @@ class Vcpu:
             if kvm.tracer.enabled:
                 private = "private" if self._was_private(stop) else "shared"
                 kvm.tracer.emit(event.KvmPageFault(kvm.number, self.number, stop.gpa, private, stop.write, result))
-        if outcome is FaultResult.MMIO:
+        if outcome is FaultResult.MMIO and isinstance(self.engine, cpu.RemoteEngine):
+            self.engine.map_mmio(stop.gpa, stop.write)
+        elif outcome is FaultResult.MMIO:
             return await self._handle(self.engine.emulate_mmio(stop.gpa, stop.write))
         return None
 
@@ -271,8 +282,8 @@ class Vcpu:
         return None
 
 
-async def create_vcpu(kvm: Kvm, number: int) -> Vcpu:
-    """KVM_CREATE_VCPU. Raises: Refusal EIO `ioctl.vm_dead`; EEXIST `vcpu.exists`.
+async def create_vcpu(kvm: Kvm, number: int, new_engine: Callable[[GuestMemory], Engine] | None = None) -> Vcpu:
+    """KVM_CREATE_VCPU; `new_engine` where the machine's own is not wanted. Raises: Refusal EIO `ioctl.vm_dead`; EEXIST `vcpu.exists`.
 
     A vCPU is counted, then made with no lock held, then put online; a move of the identity in between would leave it
     with the wrong one, so it looks at both counts (known bug B43). Source: kvm_vm_ioctl_create_vcpu.
@@ -286,6 +297,7 @@ async def create_vcpu(kvm: Kvm, number: int) -> Vcpu:
         if number in kvm.vcpus:
             kvm.created_vcpus -= 1
             raise Refusal(errno.EEXIST, "vcpu.exists", vcpu=number)
-        vcpu = Vcpu(kvm, number, kvm.environment.new_engine(kvm.stage2), identity)
+        make = new_engine or kvm.environment.new_engine
+        vcpu = Vcpu(kvm, number, make(kvm.stage2), identity)
         kvm.vcpus[number] = vcpu
         return vcpu

@@ -43,13 +43,23 @@ class HostPage(Protocol):
     @property
     def writable(self) -> bool: ...
 
+    @property
+    def order(self) -> int:
+        """The 2**order pages around it, aligned by frame, lie side by side at host addresses."""
+        ...
+
 
 class PinnedPage(Protocol):
     """A page of a host address space that stays where it is until it is put. Who writes to it says so with
     `set_dirty`: no page table saw the write."""
 
-    @property
-    def hva(self) -> int: ...
+    async def read(self, offset: int, size: int) -> bytes:
+        """Bytes of it. Raises: Refusal EFAULT `user.page`, where it cannot be touched any more."""
+        ...
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Raises: as `read`."""
+        ...
 
     def set_dirty(self) -> None: ...
 
@@ -282,6 +292,7 @@ class Kvm:
         self.vcpus.clear()
         for device in self.io_devices:
             device.close()
+        self.stage2.remote = None
         for table in self.stage2.tables.values():
             table.zap(Range(Gfn(0), Gfn(self.attributes.count)))
         self.destroyed = True

@@ -20,7 +20,7 @@ from types import TracebackType
 
 from pyroaring import BitMap64
 
-from guestmem.memory.backing import Backing, read_host
+from guestmem.memory.backing import Backing, read_host, write_host
 from guestmem.memory.bitmaps import members, next_member
 from guestmem.memory.pages import ORDER_2M, PAGE_SIZE, PageIndex, PageRange, Pfn, Range, block
 from guestmem.memory.pool import Detached, FolioSource, Unit
@@ -122,6 +122,14 @@ class FolioReference:
         if detached:
             return detached.hva + (self.index - self.head) * PAGE_SIZE
         return self.folios.backing.hva(self.index)
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the page."""
+        return read_host(self.hva + offset, size)
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Bytes into the page."""
+        write_host(self.hva + offset, data)
 
     def set_dirty(self) -> None:
         """For who wrote through the reference, which no page table saw. Source: set_page_dirty_lock."""

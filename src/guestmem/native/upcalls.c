@@ -8,6 +8,10 @@
 
 #include "vcpu.h"
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
 #ifndef MADV_DONTNEED_LOCKED
 #define MADV_DONTNEED_LOCKED 24
 #endif
@@ -82,6 +86,12 @@ static int up_alias(const struct wire_answer *up, int fd, struct done *done)
     return fd < 0 ? EINVAL : alias_map(fd, up->a, up->b, &done->request.b);
 }
 
+/* A pin's fault: the page is there, and may be written. */
+static int up_populate(const struct wire_answer *up)
+{
+    return (int)-sys(SYS_madvise, up->a, up->b, up->c ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
+}
+
 static int up_unalias(const struct wire_answer *up)
 {
     return (int)-sys(SYS_munmap, up->a, up->b);
@@ -114,6 +124,8 @@ static int run(const struct channel *channel, const struct message *message, str
         return up_alias(up, fd, done);
     case UP_UNALIAS:
         return up_unalias(up);
+    case UP_POPULATE:
+        return up_populate(up);
     case UP_KICK:
         vcpu_kick(up->a);
         return 0;

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-enum { WIRE_VERSION = 1, WIRE_MAX = 64 * 1024, WIRE_FDS = 8 };
+enum { WIRE_VERSION = 2, WIRE_MAX = 64 * 1024, WIRE_FDS = 8 };
 
 enum wire_op {
     OP_HELLO = 1,
@@ -40,6 +40,7 @@ enum wire_upcall {
     UP_UNALIAS,
     UP_KICK,
     UP_FORGET,
+    UP_POPULATE,
 };
 
 enum { HELLO_HELPER = 1, HELLO_FORKED = 2 };

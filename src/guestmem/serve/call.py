@@ -78,6 +78,10 @@ class Call:
         self._written[start : start + len(data)] = data
         return True
 
+    def reply(self, data: bytes) -> None:
+        """Bytes that go with the answer."""
+        self._written = bytearray(data)
+
     # Descriptors
 
     def give(self, fd: int, keep_on_exec: bool = False) -> int:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class Client:
-    """`number` is never used again; `pid` may be. An exec makes a new client of the same process."""
+    """`number` is never used again; `pid` may be. An exec makes a new client of the same process. `runs_vcpus`: its
+    threads do; those of a client that is traced cannot."""
+
+    runs_vcpus = True
 
     def __init__(self, server: Server, number: int, pid: int) -> None:
         self.server = server

@@ -1,40 +1,34 @@
-"""ClientMemory: a client's address space as KVM needs it: pages for memslots, and the arguments of calls.
+"""ClientMemory: a client's address space, which KVM uses where it is, by the client's own page tables.
 
-A memslot points at memory that the client made as it liked. When a vCPU first touches it the server needs the same
-pages in its own address space:
+The vCPUs of a client run in its threads (`client_cpus`), so what stands behind a memslot is never mapped here: a leaf names
+the client's address, and whether the memory can be touched is found out by touching it, as under a kernel. What KVM itself
+reads or writes, and what a device's DMA moves, a thread of the client copies. Mappings of guest_memfds are known, since
+their pages can be taken away (`gmem_mappings`).
 
-- a mapping of a guest_memfd: the provider gives the page;
-- a shared mapping of a file: the server maps the same file;
-- private memory: the client is asked to put a shared memfd in its place, contents kept (REPLACE), and the server maps
-  that. Nothing of this happens when the slot is made: it may be huge and never be touched.
-
-What is found is remembered as an area until the client says that it unmaps, moves or reprotects the range; before it
-does so, KVM drops what it has mapped of it.
+Clients whose calls are traced have no thread that could do this: see `seccomp.adopted_memory`.
 """
 
 from __future__ import annotations
 
 import bisect
 import errno
-import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from guestmem.memory import PAGE_SIZE, Access, Pfn
-from guestmem.memory.backing import map_window, unmap_window
-from guestmem.sched import Operation, park
+from guestmem.kvm.stage2 import USER_MEMORY
+from guestmem.memory import PAGE_SIZE, Pfn
 from guestmem.serve import wire
 from guestmem.serve.channel import ClientGone
-from guestmem.serve.gmem_mappings import PROT_READ, PROT_WRITE, GmemArea
-from guestmem.serve.proc_maps import Vma, find_vma, open_mapped_file
+from guestmem.serve.gmem_mappings import GmemArea
+from guestmem.serve.pins import pin_memory
 from guestmem.serve.wire import Upcall
 from guestmem.trace import Refusal
 
 if TYPE_CHECKING:
     from guestmem.serve.client import Client
 
-_REPLACE_HUGETLB, _REPLACE_PRIVATE = 1, 2
-_NO_PFN = Pfn(0)
+NO_PFN = Pfn(0)
 """Page number of memory that is no guest_memfd's: page 0 is nobody's."""
+_USER_ORDER = 18  # a slot's memory lies at consecutive addresses, however the client has put it together
 
 
 class HostPage(NamedTuple):
@@ -44,105 +38,55 @@ class HostPage(NamedTuple):
     hva: int
     window: tuple[int, int]
     writable: bool
+    order: int = 0
 
 
-class PinnedHostPage:
-    """A page at our address `hva`, whose window, if it has one, stays mapped until it is put."""
+class PinnedPage(Protocol):
+    """See kvm.vm.PinnedPage."""
 
-    def __init__(self, hva: int, window: Window | None) -> None:
-        self.hva = hva
-        self._window = window
-        if window is not None:
-            window.pins += 1
+    async def read(self, offset: int, size: int) -> bytes: ...
 
-    def set_dirty(self) -> None:
-        """Nothing to say: the server wrote through a mapping of its own, and the kernel has noted that."""
+    async def write(self, offset: int, data: bytes) -> None: ...
 
-    def put(self) -> None:
-        """Give it back; once."""
-        if self._window is not None:
-            self._window.pins -= 1
+    def set_dirty(self) -> None: ...
+
+    def put(self) -> None: ...
 
 
-class HostArea:
-    """Bytes `start`..`end` of the client are bytes of `window` here, from our address `base` on."""
+class Area(Protocol):
+    """Bytes `start`..`end` of the client that the server knows."""
 
-    def __init__(self, start: int, end: int, prot: int, window: Window, base: int) -> None:
-        self.start = start
-        self.end = end
-        self.prot = prot
-        self.window = window
-        self.base = base
+    start: int
+    end: int
+    prot: int
 
-    def cut(self, start: int, end: int) -> HostArea:
-        return HostArea(start, end, self.prot, self.window, self.base + start - self.start)
-
-
-class Window:
-    """`size` bytes of a file, mapped here at `base`. `fd` is kept for a replaced range, to map it again in a child.
-    `pins` count who needs the mapping even when the client has it no more."""
-
-    def __init__(self, fd: int, offset: int, size: int, keep_fd: bool) -> None:
-        self.size = size
-        self.pins = 0
-        try:
-            self.base = map_window(fd, offset, size)
-        except OSError:
-            os.close(fd)
-            raise
-        self.fd = fd
-        if not keep_fd:
-            os.close(fd)
-            self.fd = -1
-
-    def close(self) -> None:
-        unmap_window(self.base, self.size)
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-Area = GmemArea | HostArea
+    def cut(self, start: int, end: int) -> Area:
+        """The part between two addresses, as an area of its own."""
+        ...
 
 
 class ClientMemory:
-    """The areas of one client that we know, by address; and who is told when they change (`notifiers`, as KVM's)."""
+    """What is known of one client's mappings, by address: those of guest_memfds. `notifiers` are its VMs."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.areas: list[Area] = []
         self.notifiers: list[Any] = []
-        self._windows: list[Window] = []
-        self._adopting = False
 
     # HostAddressSpace: pages
 
     async def user_page(self, hva: int, write: bool) -> HostPage:
-        """See kvm.vm.HostAddressSpace. Raises: Refusal EFAULT `user.page`."""
-        area = self.area_at(hva) or await self._adopt(hva)
-        if area is None or not area.prot & (PROT_WRITE if write else PROT_READ | PROT_WRITE):
-            raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write)
-        writable = bool(area.prot & PROT_WRITE)
-        if isinstance(area, HostArea):
-            window = area.window
-            return HostPage(_NO_PFN, area.base + hva - area.start, (window.base, window.size), writable)
-        inode = area.inode
-        async with inode.invalidate_lock.shared:
-            try:
-                page = await inode.fault(area.mappings.registration, area.index_of(hva), Access.SHARED)
-            except Refusal as refusal:
-                raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write) from refusal
-        return HostPage(page.pfn, page.hva, page.window, writable)
+        """See kvm.vm.HostAddressSpace. Never refuses: the access itself does."""
+        return HostPage(NO_PFN, hva & -PAGE_SIZE, USER_MEMORY, True, _USER_ORDER)
 
-    async def pin_page(self, hva: int, write: bool) -> PinnedHostPage:
+    async def pin_page(self, hva: int, write: bool) -> PinnedPage:
         """See kvm.vm.HostAddressSpace. Raises: Refusal EFAULT `user.page`."""
-        page = await self.user_page(hva & -PAGE_SIZE, write)
-        area = self.area_at(hva)
-        return PinnedHostPage(page.hva, area.window if isinstance(area, HostArea) else None)
+        return await pin_memory(self.client, hva & -PAGE_SIZE, write)
 
     # HostAddressSpace: arguments of calls
 
     async def copy_from_user(self, hva: int, size: int) -> bytes:
-        """What came with the call, or what the calling thread reads for us. Raises: Refusal EFAULT `user.copy`."""
+        """What came with the call, or what a thread of the client reads for us. Raises: Refusal EFAULT `user.copy`."""
         call = self.client.server.current_call()
         if call is not None and (inline := call.argument_bytes(hva, size)) is not None:
             return inline
@@ -154,7 +98,7 @@ class ClientMemory:
         return b"".join(parts)
 
     async def copy_to_user(self, hva: int, data: bytes) -> None:
-        """With the answer, or by the calling thread at once. Raises: Refusal EFAULT `user.copy`."""
+        """With the answer, or by a thread of the client at once. Raises: Refusal EFAULT `user.copy`."""
         call = self.client.server.current_call()
         if call is not None and call.put_argument_bytes(hva, data):
             return
@@ -181,16 +125,12 @@ class ClientMemory:
         bisect.insort(self.areas, area, key=_start)
 
     async def tell_kvm(self, start: int, end: int) -> None:
-        """Addresses are about to lose their pages: KVM drops what it has mapped of them (MMU notifier)."""
-        for kvm in list(self.notifiers):
-            await kvm.invalidate_range_start(start, end)
-            await kvm.invalidate_range_end(start, end)
+        """Addresses are about to lose their pages. Nothing to do: vCPUs reach them through these very mappings."""
 
     async def unmap(self, start: int, end: int) -> None:
-        """The range is about to be unmapped or replaced: KVM and we forget what was there."""
+        """The range is about to be unmapped or replaced: forget what was there."""
         await self.tell_kvm(start, end)
         self._take(start, end)
-        self._close_unused_windows()
 
     async def protect(self, start: int, end: int, prot: int) -> None:
         """mprotect(2) of the range."""
@@ -219,17 +159,13 @@ class ClientMemory:
     async def fork_of(self, parent: ClientMemory) -> None:
         """This process was forked from another: it has the same mappings, and may not have run since.
 
-        A private page is no more its own than its parent's. Memory that was private to the parent before we replaced it
-        is private again here: what the child writes, the parent and its guests do not see.
+        A private page is no more its own than its parent's.
         """
         for area in list(parent.areas):
             if isinstance(area, GmemArea):
                 twin = GmemArea(self.client, area.mappings, area.start, area.end, area.first, area.prot)
                 self.add(twin)
                 await area.mappings.attach(twin)
-        for host in parent.replaced():
-            size, offset = host.end - host.start, host.base - host.window.base
-            await self.client.upcall(Upcall.PRIVATE, a=host.start, b=size, c=host.prot, d=offset, fds=(host.window.fd,))
 
     def end(self) -> None:
         """The client's memory is gone."""
@@ -237,99 +173,9 @@ class ClientMemory:
             if isinstance(area, GmemArea):
                 area.mappings.detach(area)
         self.areas.clear()
-        self.close_if_nobody_runs()
 
     def close_if_nobody_runs(self) -> None:
-        """Give back the memory of a client that has ended, once no VM of it is left whose vCPUs may have it cached."""
-        if not self.client.alive and not self.notifiers:
-            self._close_unused_windows()
-
-    def _close_unused_windows(self) -> None:
-        """Unmap the windows that no area shows. KVM has dropped what it had mapped of them, and flushed its vCPUs."""
-        shown = {id(area.window) for area in self.areas if isinstance(area, HostArea)}
-        for window in [w for w in self._windows if not w.pins and id(w) not in shown]:
-            self._windows.remove(window)
-            window.close()
-
-    def replaced(self) -> list[HostArea]:
-        """The areas where we put a memfd of our own in the place of private memory."""
-        return [area for area in self.areas if isinstance(area, HostArea) and area.window.fd >= 0]
-
-    # Adoption
-
-    async def _adopt(self, hva: int) -> Area | None:
-        """Have the memory at `hva` in our own address space. None if the client has none that could be.
-
-        One at a time: two vCPUs that touch the same new memory must end up with the same pages.
-        """
-        await park(Operation("adopt", self.client.name(), lambda: not self._adopting))
-        if (found := self.area_at(hva)) is not None:
-            return found
-        self._adopting = True
-        try:
-            return await self._adopt_alone(hva)
-        finally:
-            self._adopting = False
-
-    async def _adopt_alone(self, hva: int) -> Area | None:
-        vma = find_vma(self.client.pid, hva)
-        if vma is None or not vma.readable:
-            return None
-        start, end = self._bounds(vma, hva)
-        try:
-            area = await (self._share(vma) if vma.shared else self._replace(vma, start, end))
-        except (ClientGone, OSError):
-            return None
-        return area if area is not None and area.start <= hva < area.end else None
-
-    def _bounds(self, vma: Vma, hva: int) -> tuple[int, int]:
-        """The part of a mapping around `hva` that memslots show: the rest of it is none of our business."""
-        start, end = vma.start, vma.end
-        for kvm in self.notifiers:
-            bounds = kvm.hva_range_of_slot(hva)
-            if bounds is not None:
-                start, end = max(start, bounds[0]), min(end, bounds[1])
-        free = [a for a in self.areas if a.start < end and start < a.end]
-        start = max([start, *(a.end for a in free if a.end <= hva)])
-        end = min([end, *(a.start for a in free if a.start > hva)])
-        if vma.hugetlb:
-            size = 2 << 20
-            start, end = max(vma.start, start & -size), min(vma.end, -(-end // size) * size)
-        return start, end
-
-    async def _share(self, vma: Vma) -> Area | None:
-        """Map the file that the client has mapped."""
-        fd = open_mapped_file(self.client.pid, vma)
-        if fd is None:
-            return await self._replace(vma, vma.start, vma.end)
-        window = Window(fd, vma.offset, vma.end - vma.start, keep_fd=False)
-        await self.client.upcall(Upcall.WATCH, a=vma.start, b=vma.end - vma.start)
-        return self._adopted(vma, vma.start, vma.end, window)
-
-    async def _replace(self, vma: Vma, start: int, end: int) -> Area | None:
-        """Have the client put a memfd in the place of its private pages, and map that."""
-        fd = os.memfd_create("guestmem:slot", os.MFD_CLOEXEC)
-        os.ftruncate(fd, end - start)
-        window = Window(fd, 0, end - start, keep_fd=True)
-        prot = PROT_READ | (PROT_WRITE if vma.writable else 0)
-        flags = (_REPLACE_HUGETLB if vma.hugetlb else 0) | _REPLACE_PRIVATE
-        try:
-            result = await self.client.upcall(Upcall.REPLACE, a=start, b=end - start, c=prot, d=flags, fds=(fd,))
-        except ClientGone:
-            window.close()
-            raise
-        if result.error:
-            window.close()
-            return None
-        return self._adopted(vma, start, end, window)
-
-    def _adopted(self, vma: Vma, start: int, end: int, window: Window) -> HostArea:
-        self._windows.append(window)
-        self._take(start, end)
-        prot = PROT_READ | (PROT_WRITE if vma.writable else 0)
-        area = HostArea(start, end, prot, window, window.base)
-        self.add(area)
-        return area
+        """Nothing of it is here."""
 
 
 def _start(area: Area) -> int:

@@ -20,6 +20,7 @@ from guestmem.iommu.vfio import VfioDevice
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SIZE, File, InodeStatistics, MemfdBacking
+from guestmem.serve.client_cpus import ClientCpu
 from guestmem.serve.gmem_mappings import GmemMappings
 from guestmem.serve.kvm_run import CoalescedRing, KvmRun
 from guestmem.serve.views import Views, file_id
@@ -73,6 +74,9 @@ class VcpuFile(ServedFile):
         super().__init__(owner)
         self.vcpu = vcpu
         self.run = KvmRun()
+        self.cpu = vcpu.engine if isinstance(vcpu.engine, ClientCpu) else None
+        if self.cpu is not None:
+            self.cpu.file = self
 
     async def release(self) -> None:
         await self.vcpu.put()

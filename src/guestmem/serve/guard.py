@@ -57,6 +57,14 @@ class Guard(Protocol):
         """Let the client fault the ranges in."""
         ...
 
+    def cover_alias(self, start: int, size: int) -> None:
+        """Close all of a mapping that a vCPU has of a guest_memfd and the client does not know."""
+        ...
+
+    def open_alias(self, fd: int, hva: int, offset: int) -> None:
+        """Let vCPUs of the process reach the page at `hva`, which is the one at `offset` of the file `fd`."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -94,6 +102,22 @@ class Userfaultfd:
                     raise
             self._close_by_page(area)
         self._open_pages(area, ranges)
+
+    def cover_alias(self, start: int, size: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            modes = _MODE_MISSING | _MODE_MINOR
+            fcntl.ioctl(self._fd, _UFFDIO_REGISTER, struct.pack("<QQQQ", start, size, modes, 0))
+
+    def open_alias(self, fd: int, hva: int, offset: int) -> None:
+        argument = struct.pack("<QQQq", hva, PAGE_SIZE, 0, 0)
+        with contextlib.suppress(ProcessLookupError, FileExistsError):
+            try:
+                fcntl.ioctl(self._fd, _UFFDIO_CONTINUE, argument)
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                os.posix_fallocate(fd, offset, PAGE_SIZE)  # no memory yet
+                fcntl.ioctl(self._fd, _UFFDIO_CONTINUE, argument)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -152,6 +176,12 @@ class Overlay:
             return
         if result.error:
             raise OSError(result.error, f"{op.name.lower()} of {start:#x}..{end:#x}: {os.strerror(result.error)}")
+
+    def cover_alias(self, start: int, size: int) -> None:
+        """Without a userfaultfd aliases are open, and a drop waits for the vCPUs."""
+
+    def open_alias(self, fd: int, hva: int, offset: int) -> None:
+        """It is open."""
 
     def close(self) -> None:
         """It holds nothing."""

@@ -10,7 +10,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from guestmem.memory import PAGE_SIZE, FolioReference, read_host
+from guestmem.memory import PAGE_SIZE, FolioReference
 from guestmem.serve.client_memory import PinnedHostPage
 from guestmem.serve.files import ServedFile
 from guestmem.serve.pins import pin_long_term
@@ -73,5 +73,5 @@ class GupTest(ServedFile):
         if not self.pinned:
             raise Refusal(errno.EINVAL, "gup_test.argument", pinned=0)
         for number, page in enumerate(self.pinned):
-            await call.client.memory.copy_to_user(target + number * PAGE_SIZE, read_host(page.hva, PAGE_SIZE))
+            await call.client.memory.copy_to_user(target + number * PAGE_SIZE, await page.read(0, PAGE_SIZE))
         return 0

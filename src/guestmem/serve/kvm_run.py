@@ -20,6 +20,7 @@ from guestmem.kvm.exits import (
     InterruptedExit,
     IoExit,
     IrqWindowOpenExit,
+    LeftExit,
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
@@ -105,6 +106,8 @@ class KvmRun:
                 reason, error = EXIT_MEMORY_FAULT, exit_.refusal.errno or 0
                 flags = KVM_MEMORY_EXIT_FLAG_PRIVATE if exit_.private else 0
                 _MEMORY_FAULT.pack_into(memory, _UNION_AT, flags, exit_.gpa, exit_.size)
+            case LeftExit():
+                return 0
             case IrqWindowOpenExit():
                 reason, error = EXIT_IRQ_WINDOW_OPEN, 0
             case HltExit():

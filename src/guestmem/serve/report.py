@@ -10,7 +10,7 @@ from guestmem.iommu.device import DeviceStatistics
 from guestmem.memory import InodeStatistics
 from guestmem.serve.files import GmemFile, ServedFile, VfioFile
 from guestmem.serve.ioctl_names import ioctl_name
-from guestmem.serve.wire import FileKind, Op, Request
+from guestmem.serve.wire import RUN_OWN, FileKind, Op, Request
 from guestmem.trace import Refusal
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Report:
         self.notes: list[str] = []
 
     def count(self, request: Request) -> None:
+        if request.op == Op.RUN_FD and request.a == RUN_OWN:
+            return
         self._requests[request.op, request.a if request.op == Op.IOCTL else 0] += 1
 
     @property

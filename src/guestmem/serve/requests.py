@@ -10,6 +10,7 @@ import os
 
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, PageIndex
 from guestmem.memory.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from guestmem.cpu.library import library_path
 from guestmem.serve import wire
 from guestmem.serve.call import Call
 from guestmem.serve.dispatch import ioctl
@@ -67,6 +68,16 @@ async def _identify(call: Call) -> int:
     if isinstance(call.file, GmemFile):
         call.b = call.file.file.inode.size
     return call.file.kind
+
+
+async def _vcpu(call: Call) -> int:
+    """A vCPU is about to run in the client: what is shared of it, the number of its VM, and how it is to run."""
+    if not isinstance(call.file, VcpuFile) or call.file.cpu is None:
+        raise _bad_request(call)
+    call.b = call.server.cpu_mode
+    call.reply(os.fsencode(library_path()) + b"\0")
+    call.give(os.dup(call.file.cpu.fd))
+    return call.file.vcpu.kvm.number
 
 
 async def _run_fd(call: Call) -> int:
@@ -189,5 +200,6 @@ HANDLERS: dict[int, Handler] = {
     Op.REMOVE: _remove,
     Op.SYNC: _sync,
     Op.STAT: _stat,
+    Op.VCPU: _vcpu,
     Op.GUARD: _guard,
 }

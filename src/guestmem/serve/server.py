@@ -27,7 +27,7 @@ from guestmem.serve.files import Files, ServedFile, VcpuFile
 from guestmem.serve.liveupdate import Sessions
 from guestmem.serve.report import Report
 from guestmem.serve.vcpu_ioctls import AT_ONCE
-from guestmem.serve.wire import HELLO_FORKED, HELLO_HELPER, VERSION, Op, Request, pack_answer
+from guestmem.serve.wire import HELLO_FORKED, HELLO_HELPER, VERSION, CpuMode, Op, Request, pack_answer
 from guestmem.trace import Refusal
 from guestmem.uapi.kvm import GUEST_MEMFD_MAGIC
 
@@ -58,6 +58,7 @@ class Server:
         self._ready: dict[int, Callable[[], None]] = {}
         self._listener: socket.socket | None = None
         self.vms_created = 0
+        self.cpu_mode = CpuMode.PARALLEL  # of vCPUs that run in clients
         self.dma_devices: dict[int, DmaDevice] = {}  # by the number of their file
         self.looks = LOOKS if len(os.sched_getaffinity(0)) > 1 else 0
         self._tokens: set[int] = set()
@@ -269,11 +270,11 @@ class Server:
         close_all(fds)
         self._begin(Call(self, channel, client, request, None), self._welcome)
 
-    def new_client(self, pid: int) -> Client:
+    def new_client(self, pid: int, kind: type[Client] = Client) -> Client:
         """A process that we have not seen, or one whose memory is new since: it has called exec."""
         for former in [client for client in self.clients.values() if client.pid == pid]:
             former.end()
-        client = Client(self, self._next_client, pid)
+        client = kind(self, self._next_client, pid)
         self._next_client += 1
         self.clients[client.number] = client
         self.report.client(client)

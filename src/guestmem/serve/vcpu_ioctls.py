@@ -11,7 +11,7 @@ import struct
 from collections.abc import Awaitable, Callable
 
 from guestmem.cpu.msrs import TSC_KHZ
-from guestmem.kvm.exits import MemoryFaultExit
+from guestmem.kvm.exits import LeftExit, MemoryFaultExit
 from guestmem.kvm.ioctl import encrypt_vcpu, pre_fault
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.serve import vcpu_state
@@ -57,7 +57,16 @@ async def _run(call: Call, argument: int) -> int:
     run.answer(vcpu.unanswered)
     vcpu.immediate_exit = run.immediate_exit
     vcpu_state.cpu(vcpu).request_interrupt_window = run.request_interrupt_window
-    exit_ = await vcpu.run()
+    if file.cpu is not None and call.request.c:
+        file.cpu.came_with_stop = True
+        vcpu.immediate_exit = False  # it was looked at before the guest was entered
+    try:
+        exit_ = await vcpu.run()
+    finally:
+        if file.cpu is not None:
+            file.cpu.allow_direct()
+    if isinstance(exit_, LeftExit):
+        return 0
     error = run.write(exit_)
     vcpu_state.write_run_state(run, vcpu)
     if error:

@@ -7,6 +7,7 @@ interrupt comes from them. Source: virt/kvm/kvm_main.c kvm_vm_ioctl, arch/x86/kv
 from __future__ import annotations
 
 import errno
+import functools
 import struct
 import time
 
@@ -18,6 +19,7 @@ from guestmem.kvm.vcpu import create_vcpu
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, io_devices
 from guestmem.serve.call import Call, CallFiles, KvmCaller
+from guestmem.serve.client_cpus import ClientCpu, ClientCpus
 from guestmem.serve.files import VcpuFile, VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
@@ -45,8 +47,11 @@ async def _create_vcpu(call: Call, number: int) -> int:
     """Raises: Refusal EINVAL `vcpu.number`; as check_vcpu_creation; EEXIST `vcpu.exists`."""
     if number >= capabilities.MAX_VCPUS:
         raise Refusal(errno.EINVAL, "vcpu.number", vcpu=number, limit=capabilities.MAX_VCPUS)
-    check_vcpu_creation(_kvm(call))
-    file = VcpuFile(call.client, await create_vcpu(_kvm(call), number))
+    kvm = _kvm(call)
+    check_vcpu_creation(kvm)
+    cpus = kvm.stage2.remote
+    new_engine = functools.partial(ClientCpu, cpus) if isinstance(cpus, ClientCpus) else None
+    file = VcpuFile(call.client, await create_vcpu(kvm, number, new_engine))
     assert isinstance(call.file, VmFile)
     if call.file.ring.run is None:
         call.file.ring.run = file.run

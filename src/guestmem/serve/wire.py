@@ -6,7 +6,7 @@ import enum
 import struct
 from typing import NamedTuple
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE = 64 << 10
 MAX_COPY = 60 << 10
 """Bytes that one READ or WRITE upcall carries."""
@@ -38,7 +38,7 @@ class Op(enum.IntEnum):
     UNMAP = 8
     MOVED = 9
     PROTECT = 10
-    DISCARD = 11
+    DISCARD = 11  # of traced clients alone
     FALLOCATE = 12
     REMOVE = 13
     SYNC = 14
@@ -46,6 +46,7 @@ class Op(enum.IntEnum):
     CANCEL = 16
     UPCALL_DONE = 17
     STAT = 18
+    VCPU = 19
 
 
 class Upcall(enum.IntEnum):
@@ -54,12 +55,25 @@ class Upcall(enum.IntEnum):
     ZAP = 1
     READ = 2
     WRITE = 3
-    REPLACE = 4
-    WATCH = 5
+    REPLACE = 4  # of traced clients alone, as PRIVATE
     OVERLAY = 6
     UNCOVER = 7
     PRIVATE = 8
     FD = 9
+    ENTER = 10  # from here on of clients that run their vCPUs
+    DROP = 11
+    ALIAS = 12
+    UNALIAS = 13
+    KICK = 14
+    FORGET = 15
+    POPULATE = 16
+
+
+class CpuMode(enum.IntEnum):
+    """How the vCPUs of a client run: see enum cpu_mode of cpu/native/cpu.h."""
+
+    SERIAL = 1
+    PARALLEL = 2
 
 
 class FileKind(enum.IntEnum):
@@ -76,6 +90,11 @@ class FileKind(enum.IntEnum):
     LIVE_UPDATE = 8
     SESSION = 9
 
+
+RUN_OWN = 1
+"""RUN_FD for the shim's own use, which is no mmap() of the client."""
+STOP_LEFT = 100
+"""What ENTER answers instead of a stop: the exit is written, and KVM_RUN returns 0."""
 
 OPEN_KVM, OPEN_GUP_TEST, OPEN_IOMMU, OPEN_VFIO = 1, 2, 3, 4
 OPEN_LIVE_UPDATE = 100

@@ -21,6 +21,11 @@ class Pte(NamedTuple):
     folios: Folios
     page_index: PageIndex
 
+    @property
+    def order(self) -> int:
+        """One page: its neighbours may be anywhere."""
+        return 0
+
     def __fingerprint__(self) -> tuple[int, int, bool]:
         """Without addresses: where the host put the file is not state."""
         return self.pfn, self.page_index, self.writable

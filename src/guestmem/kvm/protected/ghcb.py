@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, ClassVar
 from guestmem.cpu.engine import Vmgexit
 from guestmem.kvm.exits import Exit, HltExit, HypercallExit, InternalErrorExit, SystemEventExit
 from guestmem.kvm.protected import ghcb_msr, snp_ap
-from guestmem.kvm.protected.guest_page import map_guest
+from guestmem.kvm.protected.guest_page import read_guest, write_guest
 from guestmem.kvm.protected.page_state import PageStateChange
-from guestmem.memory import PAGE_SIZE, read_host, write_host
+from guestmem.memory import PAGE_SIZE
 from guestmem.uapi.kvm import (
     KVM_EINVAL,
     KVM_ENOSYS,
@@ -104,13 +104,14 @@ class Ghcb:
             return self._msr_protocol(stop.ghcb)
         self.gpa = stop.ghcb
         self._vcpu.engine.complete(stop.ghcb)
-        hva = await map_guest(self._vcpu.kvm, self.gpa) if self.gpa else None
-        if hva is None:
+        kvm = self._vcpu.kvm
+        page = await read_guest(kvm, self.gpa, PAGE_SIZE) if self.gpa else None
+        if page is None:
             return None
         if self.gpa != self.registered_gpa:
             return InternalErrorExit(self._vcpu.engine.get_regs().rip, f"GHCB {self.gpa:#x} is not registered")
-        request = Request(read_host(hva, PAGE_SIZE))
-        write_host(hva + _VALID, bytes(_VALID_BYTES))
+        request = Request(page)
+        await write_guest(kvm, self.gpa + _VALID, bytes(_VALID_BYTES))
         error = request.error()
         if error:
             return await self._answer(MALFORMED_INPUT, error)
@@ -199,16 +200,16 @@ class Ghcb:
 
     async def _answer(self, info_1: int, info_2: int, **registers: int) -> Exit | None:
         """Into the GHCB, wherever its page is by now; nowhere if it is gone. The guest goes on."""
-        hva = await map_guest(self._vcpu.kvm, self.gpa)
-        if hva is None:
+        found = await read_guest(self._vcpu.kvm, self.gpa, PAGE_SIZE)
+        if found is None:
             return None
-        page = bytearray(read_host(hva, PAGE_SIZE))
+        page = bytearray(found)
         bitmap = int.from_bytes(page[_VALID : _VALID + _VALID_BYTES], "little")
         for name, value in {"exit_info_1": info_1, "exit_info_2": info_2, **registers}.items():
             _U64.pack_into(page, _PLACES[name], value % (1 << 64))
             bitmap |= 1 << _PLACES[name] // 8
         page[_VALID : _VALID + _VALID_BYTES] = bitmap.to_bytes(_VALID_BYTES, "little")
-        write_host(hva, bytes(page))
+        await write_guest(self._vcpu.kvm, self.gpa, bytes(page))
         return None
 
 

@@ -73,3 +73,4 @@ async def _split(vcpu: Vcpu, leaf: Leaf) -> None:
         except FirmwareError as error:
             raise Refusal(errno.EFAULT, "arch.guest_access", gpa=leaf.gfn * PAGE_SIZE, code=error.code) from error
         kvm.stage2.zap(Range(leaf.gfn, Gfn(leaf.gfn + (1 << leaf.order))), (Access.PRIVATE,))
+        await kvm.stage2.flush_remote()

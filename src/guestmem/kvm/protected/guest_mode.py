@@ -80,7 +80,7 @@ class GuestMode:
             not_entered = await self._enter()
             if not_entered is not None:
                 return not_entered
-        stop = self.vcpu.engine.run()
+        stop = await self.vcpu.slice()
         if _is_exit(stop):
             self.leave()
         return stop

@@ -22,7 +22,7 @@ from guestmem.kvm.addresses import Gfn
 from guestmem.kvm.populate import populate
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm, PinnedPage
-from guestmem.memory import PAGE_SIZE, Page, read_host, write_host
+from guestmem.memory import PAGE_SIZE, Page
 from guestmem.sched import AllOf
 from guestmem.trace import Refusal
 
@@ -53,12 +53,12 @@ async def launch_update(kvm: Kvm, gfn: Gfn, source_hva: int | None, pages: int, 
     architecture = kvm.machine.architecture
 
     async def add(gfn: Gfn, page: Page, source: PinnedPage | None) -> None:
-        contents = read_host(source.hva, PAGE_SIZE) if source is not None else None
+        contents = await source.read(0, PAGE_SIZE) if source is not None else None
         try:
             architecture.populate(gfn, Block(page.pfn, 0, page.hva), contents, kind)
         except FirmwareError as error:
             if error.corrected is not None and source is not None:
-                correct(source, error.corrected)
+                await correct(source, error.corrected)
             if "unmeasured" in error.facts:
                 kvm.dead = True  # the page was added: no guest may begin with it (known bug B50)
             raise Refusal(error.answer, "launch.update", gfn=gfn, call=error.call, code=error.code) from error
@@ -92,9 +92,9 @@ async def launch_finish(kvm: Kvm, parameters: Any = None) -> bytes:
                 kvm.finishing = None
 
 
-def correct(source: PinnedPage, contents: bytes) -> None:
+async def correct(source: PinnedPage, contents: bytes) -> None:
     """Tell the VMM what firmware would have: in its own page, which must not be reclaimed as it was (known bug B17)."""
-    write_host(source.hva, contents)
+    await source.write(0, contents)
     source.set_dirty()
 
 

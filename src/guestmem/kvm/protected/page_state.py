@@ -12,8 +12,8 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from guestmem.kvm.exits import HypercallExit
-from guestmem.kvm.protected.guest_page import map_guest
-from guestmem.memory import PAGE_SHIFT, read_host, write_host
+from guestmem.kvm.protected.guest_page import read_guest, write_guest
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE
 from guestmem.uapi.kvm import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED, KVM_MAP_GPA_RANGE_PAGE_SZ_2M
 
 if TYPE_CHECKING:
@@ -61,28 +61,37 @@ class PageStateChange:
         if not self._kvm.enabled_hypercalls >> KVM_HC_MAP_GPA_RANGE & 1:
             return ERROR_GENERIC
         while True:
-            hva = await map_guest(self._kvm, self.gpa)
-            if hva is None:
+            header = await read_guest(self._kvm, self.gpa, _HEADER.size)
+            if header is None:
                 return ERROR_GENERIC
-            current, end, _ = _HEADER.unpack(read_host(hva, _HEADER.size))
-            if end >= MAX_COUNT or self.gpa % 4096 + _HEADER.size + (end + 1) * _ENTRY.size > 4096:
+            current, end, _ = _HEADER.unpack(header)
+            if end >= MAX_COUNT or self.gpa % PAGE_SIZE + _HEADER.size + (end + 1) * _ENTRY.size > PAGE_SIZE:
                 return ERROR_INVALID_HDR
-            step = self._range(self._entries(hva, current, end), current)
+            entries = await self._entries(current, end + 1 - current)
+            if entries is None:
+                return ERROR_GENERIC
+            step = self._range(entries, current)
             if step is not None:
                 return step
-            self._mark(hva)  # of neither kind: passed over
+            if not await self._mark():  # of neither kind: passed over
+                return ERROR_GENERIC
 
     async def complete(self, ret: int) -> HypercallExit | int:
         """Userspace is done with a range."""
-        hva = await map_guest(self._kvm, self.gpa) if not ret else None
-        if hva is None:
+        if ret or not await self._mark():
             return ERROR_GENERIC
-        self._mark(hva)
         return await self.next()
 
-    def _entries(self, hva: int, current: int, end: int) -> list[Entry]:
-        at = hva + _HEADER.size
-        return [unpack(_ENTRY.unpack(read_host(at + 8 * n, 8))[0]) for n in range(current, end + 1)]
+    def _place(self, index: int) -> int:
+        """The guest's address of an entry."""
+        return self.gpa + _HEADER.size + index * _ENTRY.size
+
+    async def _entries(self, first: int, count: int) -> list[Entry] | None:
+        """None if they are in no memory any more."""
+        if count <= 0:
+            return []
+        data = await read_guest(self._kvm, self._place(first), count * _ENTRY.size)
+        return None if data is None else [unpack(value) for (value,) in _ENTRY.iter_unpack(data)]
 
     def _range(self, entries: list[Entry], current: int) -> HypercallExit | int | None:
         """Of the first entry that is not done, and its neighbours."""
@@ -110,12 +119,18 @@ class PageStateChange:
         attributes |= KVM_MAP_GPA_RANGE_PAGE_SZ_2M if start.large else 0
         return HypercallExit(KVM_HC_MAP_GPA_RANGE, (start.gfn + start.done << PAGE_SHIFT, pages, attributes))
 
-    def _mark(self, hva: int) -> None:
-        """Source: __snp_complete_one_psc."""
+    async def _mark(self) -> bool:
+        """Say in the list that the range is done; False if it is in no memory any more. Source: __snp_complete_one_psc."""
         for index in range(self.first, self.first + self.count):
-            at = hva + _HEADER.size + 8 * index
-            entry = unpack(_ENTRY.unpack(read_host(at, 8))[0])
-            write_host(at, _ENTRY.pack(pack(entry._replace(done=entry.pages))))
-        _, end, reserved = _HEADER.unpack(read_host(hva, _HEADER.size))
-        write_host(hva, _HEADER.pack(self.first + self.count, end, reserved))
+            entries = await self._entries(index, 1)
+            if entries is None:
+                return False
+            done = pack(entries[0]._replace(done=entries[0].pages))
+            await write_guest(self._kvm, self._place(index), _ENTRY.pack(done))
+        header = await read_guest(self._kvm, self.gpa, _HEADER.size)
+        if header is None:
+            return False
+        _, end, reserved = _HEADER.unpack(header)
+        written = await write_guest(self._kvm, self.gpa, _HEADER.pack(self.first + self.count, end, reserved))
         self.count = 0
+        return written

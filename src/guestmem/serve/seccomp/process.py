@@ -13,6 +13,7 @@ from guestmem.sched import Operation, Task, park
 from guestmem.serve.channel import ClientGone, UpcallResult
 from guestmem.serve.client import Client
 from guestmem.serve.gmem_mappings import GmemArea
+from guestmem.serve.seccomp.traced_client import TracedClient
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.stoppable import State
 from guestmem.serve.seccomp.tracee import Tracee
@@ -46,7 +47,7 @@ class Process:
     @property
     def client(self) -> Client:
         if self._client is None:
-            self._client = self.supervisor.server.new_client(self.pid)
+            self._client = self.supervisor.server.new_client(self.pid, TracedClient)
             self._client.helper = Helper(self)
         return self._client
 

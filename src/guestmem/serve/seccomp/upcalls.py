@@ -43,8 +43,6 @@ async def do(
             return _result(0 if write_memory(tracee.tid, a, payload) else errno.EFAULT)
         case Upcall.FD:
             return _descriptor(tracee, a, bool(b))
-        case Upcall.WATCH:
-            return _result(0)  # we hear about every range
         case Upcall.ZAP:
             return _result(await _zap(tracee, payload))
         case Upcall.REPLACE:
@@ -55,6 +53,8 @@ async def do(
             return _result(await _map_over(tracee, a, b, c, _MAP_SHARED, fds[0], d))
         case Upcall.PRIVATE:
             return _result(await _map_over(tracee, a, b, c, _MAP_PRIVATE, fds[0], d))
+        case _:
+            return _result(errno.ENOSYS)  # of clients that run their vCPUs
 
 
 def _result(error: int) -> UpcallResult:
