@@ -2,10 +2,9 @@
 
 from guestmem.check.mutants import mutant
 from guestmem.kvm.vm import PinnedPage
-from guestmem.memory import write_host
 
 
 @mutant("B17", replaces="guestmem.kvm.protected.launch:correct", breaks={"S12"})
-def missing_dirty(source: PinnedPage, contents: bytes) -> None:
+async def missing_dirty(source: PinnedPage, contents: bytes) -> None:
     """Skip set_dirty."""
-    write_host(source.hva, contents)
+    await source.write(0, contents)

@@ -19,21 +19,25 @@ from dataclasses import dataclass, field
 from errno import EINTR, EINVAL, ENOTTY
 from pathlib import Path
 
+from guestmem.cpu.block import BLOCK_SIZE, new_block
+from guestmem.cpu.library import library_path
+
 MESSAGE = 64 << 10
 REQUEST = struct.Struct("<IIQQQQQ")
 ANSWER = struct.Struct("<IiqQQQQ")
 
 HELLO, OPEN, IDENTIFY, IOCTL, RUN_FD, MMAP_CHECK, MMAP_DONE, UNMAP, MOVED, PROTECT = range(1, 11)
-DISCARD, FALLOCATE, REMOVE, SYNC, GUARD, CANCEL, UPCALL_DONE, STAT = range(11, 19)
-ZAP, READ, WRITE, REPLACE, WATCH, OVERLAY, UNCOVER, PRIVATE, FD = range(1, 10)
+FALLOCATE, REMOVE, SYNC, GUARD, CANCEL, UPCALL_DONE, STAT, VCPU_MEMORY = range(12, 20)
+ZAP, READ, WRITE = range(1, 4)
+OVERLAY, UNCOVER, FD = 6, 7, 9
 HELLO_FORKED = 2
 KVM, VM, VCPU, GMEM, GUP_TEST = range(1, 6)
 
 CREATE_VM, CREATE_VCPU, CREATE_GMEM = 0xAE01, 0xAE41, 0xC040AED4
 SET_REGION, RUN, SET_REGS, GET_REGS = 0x4020AE46, 0xAE80, 0x4090AE82, 0x8090AE81
 # Of the tests alone. The argument is an address, or a number.
-RELEASED, READ_SUM, WRITE_X, ZAP_PAGE, OVERLAY_PAGE, UNCOVER_PAGE, FD_FACTS, WATCH_PAGE, NOTED, DELAY, HELLOS, END = (
-    range(0xAEF0, 0xAEFC)
+RELEASED, READ_SUM, WRITE_X, ZAP_PAGE, OVERLAY_PAGE, UNCOVER_PAGE, FD_FACTS, _, NOTED, DELAY, HELLOS, END = range(
+    0xAEF0, 0xAEFC
 )
 
 UFFDIO_REGISTER, MISSING_AND_MINOR = 0xC020AA00, 1 | 4
@@ -185,6 +189,12 @@ class FakeServer:
         self._memories.append(fd)
         return fd, os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
 
+    def _run_page(self, vcpu: int) -> int:
+        if vcpu not in self.run_pages:
+            self.run_pages[vcpu], theirs = self._memory(3 * mmap.PAGESIZE)
+            return theirs
+        return os.dup(self.run_pages[vcpu])
+
     def _gmem(self, channel: Channel, size: int) -> int:
         ours, theirs = self._memory(size)
         self.files[os.fstat(ours).st_ino] = Known(GMEM, channel.client, ours)
@@ -211,8 +221,9 @@ class FakeServer:
         if request.op == IOCTL:
             return self._ioctl(channel, request)
         if request.op == RUN_FD:
-            self.run_pages[request.file], theirs = self._memory(3 * mmap.PAGESIZE)
-            return Answer(fds=[theirs])
+            return Answer(fds=[self._run_page(request.file)])
+        if request.op == VCPU_MEMORY:
+            return self._vcpu_memory(request)
         if request.op == MMAP_CHECK:
             return Answer(error=EINVAL if request.c & mmap.MAP_PRIVATE else 0)
         if request.op == FALLOCATE:
@@ -223,7 +234,7 @@ class FakeServer:
             self._collect_released()
         elif request.op == GUARD:
             self._take_userfaultfd(channel, request)
-        elif request.op in (MMAP_DONE, UNMAP, MOVED, PROTECT, DISCARD, REMOVE):
+        elif request.op in (MMAP_DONE, UNMAP, MOVED, PROTECT, REMOVE):
             self.notes.append(request)
         return Answer()
 
@@ -257,8 +268,6 @@ class FakeServer:
                 return Answer()
             case 0x8090AE81:
                 return Answer(payload=self._regs)
-            case 0x4020AE46:
-                return self._set_region(channel, request.payload)
             case 0xAE80:
                 return self._run(channel, request.file)
             case _:
@@ -269,16 +278,12 @@ class FakeServer:
         immediate_exit = run_page is not None and os.pread(run_page, 1, 1) == b"\1"
         return Answer(error=EINTR if immediate_exit or channel.cancelled(self.run_time) else 0)
 
-    def _set_region(self, channel: Channel, payload: bytes) -> Answer:
-        _slot, _flags, _gpa, size, address = struct.unpack("<IIQQQ", payload)
-        ours, theirs = self._memory(size)
-        done = channel.upcall(REPLACE, address, size, 3, 2, fds=(theirs,))
-        os.close(theirs)
-        with mmap.mmap(ours, size) as view:
-            view[-1] ^= 0xFF
-        self._memories.remove(ours)
-        os.close(ours)
-        return Answer(error=done.a)
+    def _vcpu_memory(self, request: Request) -> Answer:
+        """A vCPU that may not run without asking, and is never told to."""
+        block = new_block(bytearray(BLOCK_SIZE), 0, None)
+        ours, theirs = self._memory(mmap.PAGESIZE + BLOCK_SIZE)
+        os.pwrite(ours, bytes(block), mmap.PAGESIZE)
+        return Answer(1, b=2, payload=os.fsencode(library_path()) + b"\0", fds=[theirs])
 
     def _take_userfaultfd(self, channel: Channel, request: Request) -> None:
         for fd in request.fds:
@@ -316,8 +321,6 @@ class FakeServer:
         if number == UNCOVER_PAGE:
             memory = next(known.fd for known in self.files.values() if known.kind == GMEM)
             return Answer(error=channel.upcall(UNCOVER, argument, page, 3, 0, fds=(memory,)).a)
-        if number == WATCH_PAGE:
-            return Answer(error=channel.upcall(WATCH, argument, page).a)
         if number == FD_FACTS:
             done = channel.upcall(FD, argument, 1)
             for fd in done.fds:

@@ -1,4 +1,4 @@
-"""Mappings of guest_memfds, memory of a VM, and its replacement under running writers."""
+"""Mappings of guest_memfds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ _MEMORY = [
     "refused",
     "notices",
     "moved_in_pieces",
-    "watched",
     "maps",
     "raw",
 ]
@@ -23,8 +22,3 @@ _MEMORY = [
 @pytest.mark.parametrize("name", _MEMORY)
 def test_memory(run: Run, name: str) -> None:
     run("memory", name)
-
-
-@pytest.mark.parametrize("name", ["writers", "system_calls", "sparse", "pieces", "file_private", "heap", "hugetlb"])
-def test_replace(run: Run, name: str) -> None:
-    run("replace", name)

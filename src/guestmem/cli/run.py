@@ -19,6 +19,7 @@ from guestmem.serve import launch
 from guestmem.serve.seccomp.elf import is_static
 from guestmem.serve.seccomp.start import CannotTrace
 from guestmem.serve.server import Server
+from guestmem.serve.wire import CpuMode
 from guestmem.trace import Refusal, json_writer, text_writer
 from guestmem.uapi.levels import LEVELS
 
@@ -47,6 +48,9 @@ def run(
         str | None,
         typer.Option(metavar="2M=N,1G=N", help="Have this machine set aside huge pages meanwhile, as root."),
     ] = None,
+    serial: Annotated[
+        bool, typer.Option("--serial", help="One vCPU of a process at a time, in slices of a millisecond.")
+    ] = False,
     connect: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Run as a client of the guestmem serve at this socket.")
     ] = None,
@@ -79,6 +83,8 @@ def run(
         except Refusal as refusal:
             raise _failure(f"so many huge pages cannot be: {refusal}") from None
         server.report.notes += shortages(reserved, got)
+        if serial:
+            server.cpu_mode = CpuMode.SERIAL
         if trace is not None:
             _trace(server, stack.enter_context(trace.open("w")), json=trace.suffix.startswith(".json"))
         status = _launch(server, [path, *command[1:]], transport)

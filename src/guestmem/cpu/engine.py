@@ -200,6 +200,21 @@ class SliceOver:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class HostFault:
+    """The host would not let the memory behind `gpa`, at its address `hva`, be touched. Run again to repeat it."""
+
+    gpa: int
+    hva: int
+    write: bool
+    private: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Left:
+    """Of an engine elsewhere: the exit is written, where the VMM finds it. Complete."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Failed:
     """The engine cannot execute what stands at `rip`: KVM_EXIT_INTERNAL_ERROR. `why` is for the reader."""
 
@@ -222,14 +237,10 @@ Stop: TypeAlias = (
     | Shutdown
     | InterruptWindow
     | SliceOver
+    | HostFault
     | Left
     | Failed
 )
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Left:
-    """Of an engine elsewhere: the exit is written, where the VMM finds it. Complete."""
-
 
 CpuidTable: TypeAlias = dict[tuple[int, int], tuple[int, int, int, int]]
 """(leaf, subleaf) to (eax, ebx, ecx, edx); subleaf 0 also answers for leaves that have none."""

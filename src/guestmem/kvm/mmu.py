@@ -112,7 +112,9 @@ async def _find_page(
     writable = entry.writable and slot.writable and (write or slot.dirty is None)
     order = _user_order(kvm, slot, gfn, entry.order)
     start = block(gfn, order).start
-    return Leaf(start, order, entry.pfn, entry.hva - ((gfn - start) << PAGE_SHIFT), entry.window, writable), Access.SHARED
+    return Leaf(
+        start, order, entry.pfn, entry.hva - ((gfn - start) << PAGE_SHIFT), entry.window, writable
+    ), Access.SHARED
 
 
 async def find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, held: list[File]) -> tuple[Leaf, Access]:
@@ -130,8 +132,8 @@ async def find_gmem_page(kvm: Kvm, slot: MemorySlot, gfn: Gfn, asked: Access, he
 
 
 def _user_order(kvm: Kvm, slot: MemorySlot, gfn: Gfn, limit: int) -> int:
-    """The largest order, up to that of the host's memory, whose block lies inside the slot. Pages that are logged or may
-    be private are mapped one by one. Source: kvm_mmu_max_mapping_level, kvm_mmu_hugepage_adjust."""
+    """The largest order, up to that of the host's memory, whose block lies inside the slot. Pages that are logged or
+    may be private are mapped one by one. Source: kvm_mmu_max_mapping_level, kvm_mmu_hugepage_adjust."""
     if not limit or slot.dirty is not None or kvm.has_private_memory:
         return 0
     return next((order for order in _USER_ORDERS if order <= limit and slot.gfns.covers(block(gfn, order))), 0)

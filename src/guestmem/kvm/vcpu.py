@@ -192,6 +192,10 @@ class Vcpu:
                 return ShutdownExit()
             case cpu.InterruptWindow():
                 return IrqWindowOpenExit()
+            case cpu.HostFault():
+                refusal = Refusal(errno.EFAULT, "user.page", hva=stop.hva, write=stop.write)
+                private = self._was_private(stop.gpa, stop.private)
+                return MemoryFaultExit(stop.gpa & -PAGE_SIZE, PAGE_SIZE, private, refusal)
             case cpu.Left():
                 return LeftExit()
             case cpu.Failed():
@@ -244,10 +248,10 @@ class Vcpu:
         except Refusal as refusal:
             if refusal.errno not in _MEMORY_FAULTS:
                 raise
-            return MemoryFaultExit(stop.gpa & -PAGE_SIZE, PAGE_SIZE, self._was_private(stop), refusal)
+            return MemoryFaultExit(stop.gpa & -PAGE_SIZE, PAGE_SIZE, self._was_private(stop.gpa, stop.private), refusal)
         finally:
             if kvm.tracer.enabled:
-                private = "private" if self._was_private(stop) else "shared"
+                private = "private" if self._was_private(stop.gpa, stop.private) else "shared"
                 kvm.tracer.emit(event.KvmPageFault(kvm.number, self.number, stop.gpa, private, stop.write, result))
         if outcome is FaultResult.MMIO and isinstance(self.engine, cpu.RemoteEngine):
             self.engine.map_mmio(stop.gpa, stop.write)
@@ -255,14 +259,14 @@ class Vcpu:
             return await self._handle(self.engine.emulate_mmio(stop.gpa, stop.write))
         return None
 
-    def _was_private(self, stop: cpu.Stage2Miss) -> bool:
+    def _was_private(self, gpa: int, private: bool | None) -> bool:
         """The access that the guest made: what it asserts, or for a VM that cannot assert, what the state says."""
-        if stop.private is not None:
-            return stop.private
+        if private is not None:
+            return private
         kvm = self.kvm
         if not kvm.guest_access_follows_state:
             return False
-        gfn = gfn_of(stop.gpa)
+        gfn = gfn_of(gpa)
         return kvm.access_of(gfn, kvm.memslots.find(gfn)) is Access.PRIVATE
 
     def _hypercall(self, call: cpu.Hypercall) -> Exit | None:
@@ -283,7 +287,9 @@ class Vcpu:
 
 
 async def create_vcpu(kvm: Kvm, number: int, new_engine: Callable[[GuestMemory], Engine] | None = None) -> Vcpu:
-    """KVM_CREATE_VCPU; `new_engine` where the machine's own is not wanted. Raises: Refusal EIO `ioctl.vm_dead`; EEXIST `vcpu.exists`.
+    """KVM_CREATE_VCPU; `new_engine` where the machine's own is not wanted.
+
+    Raises: Refusal EIO `ioctl.vm_dead`; EEXIST `vcpu.exists`.
 
     A vCPU is counted, then made with no lock held, then put online; a move of the identity in between would leave it
     with the wrong one, so it looks at both counts (known bug B43). Source: kvm_vm_ioctl_create_vcpu.

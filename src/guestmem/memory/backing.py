@@ -99,6 +99,11 @@ class MemfdBacking:
             return ()
         return tuple(os.pread(self.fd, PAGE_SIZE, offset) for offset in range(0, self._size, PAGE_SIZE))
 
+    @property
+    def memory_fd(self) -> int:
+        """The file that has the pages."""
+        return self.fd
+
     def hva(self, index: PageIndex) -> int:
         offset = index << PAGE_SHIFT
         window = offset >> WINDOW_SHIFT

@@ -56,6 +56,10 @@ class HugetlbBacking(MemfdBacking):
             self.close()
             raise
 
+    @property
+    def memory_fd(self) -> int:
+        return self._memory
+
     def __fingerprint__(self) -> tuple[bytes, ...]:
         return tuple(os.pread(self._memory, PAGE_SIZE, offset) for offset in range(0, self._size, PAGE_SIZE))
 

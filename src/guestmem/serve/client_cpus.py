@@ -2,10 +2,11 @@
 
     KVM_RUN -> ENTER, with the leaf that it missed -> guest code -> a stop -> KVM handles it -> ENTER ... -> the answer
 
-`ClientCpu` is such a vCPU as KVM has it, an engine; `ClientCpus` are those of one VM, with the leaves that their process
-has of its stage 2. A leaf of a memslot's own memory is the client's address. One of a guest_memfd points into an alias: a
-mapping of the file that the client does not know, registered with its userfaultfd and opened page by page. So what the
-server closes no vCPU reaches, whatever it has cached: the touch is a SIGBUS in it, which is a stop like a miss.
+`ClientCpu` is such a vCPU as KVM has it, an engine; `ClientCpus` are those of one VM, with the leaves that their
+process has of its stage 2. A leaf of a memslot's own memory is the client's address. One of a guest_memfd points into
+an alias: a mapping of the file that the client does not know, registered with its userfaultfd and opened page by page.
+So what the server closes no vCPU reaches, whatever it has cached: the touch is a SIGBUS in it, which is a stop like a
+miss.
 
 A leaf may be on its way when a zap takes it back. Each ENTER says of which generation its leaves are, each DROP begins
 one; the client installs no leaf of a former generation.
@@ -24,8 +25,9 @@ from guestmem.cpu.engine import GuestMemory, HostFault, Left, RemoteEngine, Slic
 from guestmem.kvm.addresses import Gfn, gfn_of
 from guestmem.kvm.stage2 import USER_MEMORY, Leaf
 from guestmem.kvm.vm import Kvm
-from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access, Inode, MemfdBacking, PageIndex, Range
+from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, Access, Inode, MemfdBacking, Range
 from guestmem.memory.backing import WINDOW_SHIFT
+from guestmem.memory.huge_backing import HugetlbBacking
 from guestmem.sched import Operation, park
 from guestmem.serve.channel import ClientGone
 from guestmem.serve.wire import STOP_LEFT, Upcall
@@ -50,13 +52,15 @@ _DIRECT_EXITS_AT = 8
 
 
 class Alias(NamedTuple):
-    """The client's mapping of one window of a guest_memfd's backing, at `base`."""
+    """The client's mapping of one window of a guest_memfd's backing, at `base`. One of hugetlb is not guarded by the page
+    and always open: vCPUs let go of it when they are told, and no page of it leaves the file."""
 
     inode: Inode
     fd: int
     base: int
     size: int
     file_offset: int
+    guarded: bool
 
 
 class ClientCpus:
@@ -88,7 +92,7 @@ class ClientCpus:
     def _close(self, inode: Inode, start: int, size: int) -> None:
         for alias in self._aliases.values():
             low, high = max(start, alias.file_offset), min(start + size, alias.file_offset + alias.size)
-            if alias.inode is inode and low < high:
+            if alias.guarded and alias.inode is inode and low < high:
                 self._zaps.append((alias.base + low - alias.file_offset, high - low))
 
     async def flush(self) -> None:
@@ -144,7 +148,8 @@ class ClientCpus:
 
     def open(self, alias: Alias, hva: int) -> None:
         """Let the process reach one page of an alias."""
-        self.client.guard.open_alias(alias.fd, hva, alias.file_offset + hva - alias.base)
+        if alias.guarded:
+            self.client.guard.open_alias(alias.fd, hva, alias.file_offset + hva - alias.base)
 
     def alias_at(self, hva: int) -> Alias | None:
         return next((a for a in self._aliases.values() if a.base <= hva < a.base + a.size), None)
@@ -157,11 +162,13 @@ class ClientCpus:
         assert isinstance(backing, MemfdBacking)
         base, size = found.window
         offset = slot.index_of(gfn_of(gpa)) << PAGE_SHIFT >> WINDOW_SHIFT << WINDOW_SHIFT
-        result = await self.client.upcall(Upcall.ALIAS, a=offset, b=size, fds=(backing.fd,))
+        result = await self.client.upcall(Upcall.ALIAS, a=offset, b=size, fds=(backing.memory_fd,))
         if result.error:
             raise Refusal(errno.ENOMEM, "vcpu.alias", vm=self.kvm.number, size=size, host_errno=result.error)
-        alias = Alias(inode, backing.fd, result.value, size, offset)
-        self.client.guard.cover_alias(alias.base, alias.size)
+        guarded = not isinstance(backing, HugetlbBacking)
+        alias = Alias(inode, backing.memory_fd, result.value, size, offset, guarded)
+        if guarded:
+            self.client.guard.cover_alias(alias.base, alias.size)
         self._aliases[base] = alias
         return alias
 
@@ -181,8 +188,8 @@ class ClientCpus:
 
 
 class ClientCpu(BlockState, RemoteEngine):
-    """One vCPU in its client. `fd` is the memory that it shares: a page of ours, then the CPU's block. `came_with` is the
-    stop that a KVM_RUN has brought along, which began without asking."""
+    """One vCPU in its client. `fd` is the memory that it shares: a page of ours, then the CPU's block.
+    `came_with_stop`: a KVM_RUN that began without asking has brought one along. `inside`: we have sent it in."""
 
     def __init__(self, cpus: ClientCpus, memory: GuestMemory) -> None:
         self.fd = os.memfd_create("guestmem:vcpu", os.MFD_CLOEXEC)
@@ -197,6 +204,7 @@ class ClientCpu(BlockState, RemoteEngine):
         self._memory = memory
         self._missed: Stage2Miss | None = None
         self._mmio: list[bytes] = []
+        self._leaf_generation = 0
 
     # RemoteEngine
 
@@ -227,15 +235,14 @@ class ClientCpu(BlockState, RemoteEngine):
 
     async def _leaf(self, missed: Stage2Miss) -> bytes | None:
         """What stage 2 has for an access that the client has missed, as it is now."""
-        hva = None
-        while hva is None:
+        while True:
             found = self._memory.translate(missed.gpa, missed.write, missed.private)
             if found is None:
                 return None
             self._leaf_generation = self.cpus.generation
             hva = await self.cpus.place(found, missed.gpa)
-            if self.cpus.generation != self._leaf_generation:  # while an alias was made
-                hva = None
+            if self.cpus.generation == self._leaf_generation:  # else it may be another since an alias was made
+                break
         gfn, count = gfn_of(missed.gpa), 1
         access, leaf = self.cpus.leaf_of(gfn, missed.private)
         if found.window == USER_MEMORY:

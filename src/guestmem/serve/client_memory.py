@@ -1,9 +1,9 @@
 """ClientMemory: a client's address space, which KVM uses where it is, by the client's own page tables.
 
-The vCPUs of a client run in its threads (`client_cpus`), so what stands behind a memslot is never mapped here: a leaf names
-the client's address, and whether the memory can be touched is found out by touching it, as under a kernel. What KVM itself
-reads or writes, and what a device's DMA moves, a thread of the client copies. Mappings of guest_memfds are known, since
-their pages can be taken away (`gmem_mappings`).
+The vCPUs of a client run in its threads (`client_cpus`), so what stands behind a memslot is never mapped here: a leaf
+names the client's address, and whether the memory can be touched is found out by touching it, as under a kernel. What
+KVM itself reads or writes, and what a device's DMA moves, a thread of the client copies. Mappings of guest_memfds are
+known, since their pages can be taken away (`gmem_mappings`).
 
 Clients whose calls are traced have no thread that could do this: see `seccomp.adopted_memory`.
 """
@@ -15,6 +15,7 @@ import errno
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from guestmem.kvm.stage2 import USER_MEMORY
+from guestmem.kvm.vm import PinnedPage
 from guestmem.memory import PAGE_SIZE, Pfn
 from guestmem.serve import wire
 from guestmem.serve.channel import ClientGone
@@ -39,18 +40,6 @@ class HostPage(NamedTuple):
     window: tuple[int, int]
     writable: bool
     order: int = 0
-
-
-class PinnedPage(Protocol):
-    """See kvm.vm.PinnedPage."""
-
-    async def read(self, offset: int, size: int) -> bytes: ...
-
-    async def write(self, offset: int, data: bytes) -> None: ...
-
-    def set_dirty(self) -> None: ...
-
-    def put(self) -> None: ...
 
 
 class Area(Protocol):

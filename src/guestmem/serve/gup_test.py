@@ -10,8 +10,8 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from guestmem.memory import PAGE_SIZE, FolioReference
-from guestmem.serve.client_memory import PinnedHostPage
+from guestmem.kvm.vm import PinnedPage
+from guestmem.memory import PAGE_SIZE
 from guestmem.serve.files import ServedFile
 from guestmem.serve.pins import pin_long_term
 from guestmem.serve.wire import FileKind
@@ -35,7 +35,7 @@ class GupTest(ServedFile):
 
     def __init__(self, owner: Client) -> None:
         super().__init__(owner)
-        self.pinned: list[FolioReference | PinnedHostPage] = []
+        self.pinned: list[PinnedPage] = []
 
     async def release(self) -> None:
         self.unpin()

@@ -6,25 +6,20 @@ There are VFIO_DEVICES of them, made when they are first opened: 0 and 1 ask for
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 import os
 import weakref
 
 from guestmem.iommu import Iommufd
 from guestmem.iommu.leaves import PinnedPage
 from guestmem.iommu.vfio import VfioDevice
-from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, File
-from guestmem.memory.backing import map_window, unmap_window
+from guestmem.memory import PAGE_SHIFT, File
 from guestmem.serve.call import Call
 from guestmem.serve.engine_process import EngineProcess
 from guestmem.serve.files import GmemFile, IommuFile, ServedFile, VfioFile
-from guestmem.serve.pins import pin_long_term
+from guestmem.serve.pins import PinnedFilePage, pin_long_term
 from guestmem.trace import Refusal
 
-_nowhere = mmap.mmap(-1, PAGE_SIZE)
-_NOWHERE = ctypes.addressof(ctypes.c_char.from_buffer(_nowhere))
 _CANNOT_ASK = (2, 3)
 _OWN_PROCESS = (4, 5)
 
@@ -83,43 +78,13 @@ class IommuCaller:
 
 
 class Memfd:
-    """A client's memfd of `size` bytes, mapped here when a page is first pinned, for as long as somebody refers to
-    it."""
+    """A client's memfd of `size` bytes."""
 
     def __init__(self, fd: int, size: int) -> None:
         self.size = size
         self._fd = fd
-        self._base = 0
         weakref.finalize(self, os.close, fd)
 
-    def hva(self, page: int) -> int:
-        """Where the page is here. The kernel's pin would keep a page that a truncation took away; ours is then one that
-        nobody reads, since an access to the mapping would be a SIGBUS here."""
-        gone = page << PAGE_SHIFT >= os.fstat(self._fd).st_size
-        return _NOWHERE if gone else self._base + (page << PAGE_SHIFT)
-
     async def pin_page(self, page: int, write: bool) -> PinnedPage:
-        """Raises: Refusal EFAULT `user.page`."""
-        if not self._base:
-            try:
-                self._base = map_window(self._fd, 0, self.size)
-            except OSError as error:
-                raise Refusal(errno.EFAULT, "user.page", page=page, write=write) from error
-            weakref.finalize(self, unmap_window, self._base, self.size)
-        return _MemfdPage(self, page)
-
-
-class _MemfdPage:
-    """Keeps its memfd mapped."""
-
-    def __init__(self, memfd: Memfd, page: int) -> None:
-        self._page = page
-        self._memfd: Memfd | None = memfd
-
-    @property
-    def hva(self) -> int:
-        assert self._memfd is not None, "the page was put"
-        return self._memfd.hva(self._page)
-
-    def put(self) -> None:
-        self._memfd = None
+        """What a truncation takes away is then a page that nobody else has, as with the kernel's pin."""
+        return PinnedFilePage(os.dup(self._fd), page << PAGE_SHIFT)

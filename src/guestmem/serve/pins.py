@@ -1,9 +1,9 @@
 """Pins of a client's memory, as gup_test, the IOMMU and a launch take them.
 
-A page of a guest_memfd is held by a counted reference, so that a conversion of it is busy. A page of another shared file
-is held by a descriptor of the file. Private memory is the client's: who pins it has its address, and a thread of the client
-copies. So a device sees what is at the address when it moves bytes, and not, as with a kernel's pin, the page that was there
-before the client dropped or replaced it.
+A page of a guest_memfd is held by a counted reference, so that a conversion of it is busy. A page of another shared
+file is held by a descriptor of the file. Private memory is the client's: who pins it has its address, and a thread of
+the client copies. So a device sees what is at the address when it moves bytes, and not, as with a kernel's pin, the
+page that was there before the client dropped or replaced it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from guestmem.memory import PAGE_SIZE, Access, FolioReference
+from guestmem.kvm.vm import PinnedPage
+from guestmem.memory import PAGE_SIZE, Access
 from guestmem.serve.channel import ClientGone
-from guestmem.serve.gmem_mappings import PROT_WRITE
+from guestmem.serve.gmem_mappings import PROT_WRITE, GmemArea
 from guestmem.serve.proc_maps import find_vma, open_mapped_file
 from guestmem.serve.wire import Upcall
 from guestmem.trace import Refusal
@@ -71,17 +72,14 @@ class PinnedFilePage:
         self._close()
 
 
-PinnedMemory: TypeAlias = PinnedUserPage | PinnedFilePage
-
-
-async def pin_long_term(client: Client, hva: int, write: bool) -> FolioReference | PinnedMemory:
+async def pin_long_term(client: Client, hva: int, write: bool) -> PinnedPage:
     """The page at an address, held until it is put; of a guest_memfd by a counted reference.
 
     The look at the page and the reference are made under the lock that conversions take exclusively (known bug B24).
     Raises: Refusal EFAULT `user.page`.
     """
     area = client.memory.area_at(hva)
-    if area is None:
+    if not isinstance(area, GmemArea):
         return await client.memory.pin_page(hva, write)
     if write and not area.prot & PROT_WRITE:
         raise Refusal(errno.EFAULT, "user.page", hva=hva, write=write)
@@ -94,7 +92,7 @@ async def pin_long_term(client: Client, hva: int, write: bool) -> FolioReference
         return inode.folios.get(index)
 
 
-async def pin_memory(client: Client, hva: int, write: bool) -> PinnedMemory:
+async def pin_memory(client: Client, hva: int, write: bool) -> PinnedPage:
     """The page at an address of a client whose vCPUs run in it. Raises: Refusal EFAULT `user.page`."""
     try:
         result = await client.upcall(Upcall.POPULATE, a=hva, b=PAGE_SIZE, c=write)

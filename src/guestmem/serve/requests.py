@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import os
 
+from guestmem.cpu.library import library_path
 from guestmem.memory import PAGE_SHIFT, PAGE_SIZE, PageIndex
 from guestmem.memory.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from guestmem.cpu.library import library_path
 from guestmem.serve import wire
 from guestmem.serve.call import Call
 from guestmem.serve.dispatch import ioctl

@@ -14,8 +14,8 @@ from guestmem.cpu.msrs import SAVED
 from guestmem.kvm.protected.snp_op import SUPPORTED_POLICY_BITS, SUPPORTED_VMSA_FEATURES
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, kvm_run
-from guestmem.serve.client_cpus import ClientCpus
 from guestmem.serve.call import Call
+from guestmem.serve.client_cpus import ClientCpus
 from guestmem.serve.cpuid_list import write_cpuid
 from guestmem.serve.files import VmFile
 from guestmem.trace import Refusal

@@ -144,18 +144,6 @@ static void moved_in_pieces(void)
     CHECK(touch(map) == SIGSEGV && map[5 * PAGE] == 5);
 }
 
-static void watched(void)
-{
-    set_up(PAGE);
-    char *memory = mmap(0, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    int before = noted();
-    CHECK(!ioctl(kvm, WATCH_PAGE, memory + PAGE));
-    CHECK(!madvise(memory, PAGE, MADV_DONTNEED) && noted() == before);
-    CHECK(!madvise(memory, 4 * PAGE, MADV_DONTNEED) && noted() == ++before);
-    CHECK(!mprotect(memory, 4 * PAGE, PROT_READ) && noted() == ++before);
-    CHECK(mremap(memory, 4 * PAGE, 8 * PAGE, MREMAP_MAYMOVE) != MAP_FAILED && noted() == ++before);
-}
-
 /* /proc/self/maps names it as the kernel does. */
 static void maps(void)
 {
@@ -204,7 +192,6 @@ int main(int argc, char **argv)
         {"refused", refused},
         {"notices", notices},
         {"moved_in_pieces", moved_in_pieces},
-        {"watched", watched},
         {"maps", maps},
         {"raw", raw},
         {NULL, NULL},

@@ -120,7 +120,7 @@ class PageStateChange:
         return HypercallExit(KVM_HC_MAP_GPA_RANGE, (start.gfn + start.done << PAGE_SHIFT, pages, attributes))
 
     async def _mark(self) -> bool:
-        """Say in the list that the range is done; False if it is in no memory any more. Source: __snp_complete_one_psc."""
+        """Say in the list that the range is done; False if it is in no memory. Source: __snp_complete_one_psc."""
         for index in range(self.first, self.first + self.count):
             entries = await self._entries(index, 1)
             if entries is None:

@@ -18,11 +18,12 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
+from guestmem.kvm.vm import PinnedPage
 from guestmem.memory import PAGE_SIZE, Access
 from guestmem.memory.backing import map_window, unmap_window
 from guestmem.sched import Operation, park
 from guestmem.serve.channel import ClientGone
-from guestmem.serve.client_memory import NO_PFN, Area, ClientMemory, HostPage, PinnedPage
+from guestmem.serve.client_memory import NO_PFN, Area, ClientMemory, HostPage
 from guestmem.serve.gmem_mappings import PROT_READ, PROT_WRITE, GmemArea
 from guestmem.serve.proc_maps import Vma, find_vma, open_mapped_file
 from guestmem.serve.wire import Upcall
@@ -250,4 +251,3 @@ class AdoptedMemory(ClientMemory):
         area = HostArea(start, end, prot, window, window.base)
         self.add(area)
         return area
-

@@ -13,9 +13,9 @@ from guestmem.sched import Operation, Task, park
 from guestmem.serve.channel import ClientGone, UpcallResult
 from guestmem.serve.client import Client
 from guestmem.serve.gmem_mappings import GmemArea
-from guestmem.serve.seccomp.traced_client import TracedClient
 from guestmem.serve.seccomp.numbers import Nr
 from guestmem.serve.seccomp.stoppable import State
+from guestmem.serve.seccomp.traced_client import TracedClient
 from guestmem.serve.seccomp.tracee import Tracee
 from guestmem.serve.seccomp.user_memory import take_descriptor
 from guestmem.serve.wire import Upcall
