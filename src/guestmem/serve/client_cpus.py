@@ -52,8 +52,8 @@ _DIRECT_EXITS_AT = 8
 
 
 class Alias(NamedTuple):
-    """The client's mapping of one window of a guest_memfd's backing, at `base`. One of hugetlb is not guarded by the page
-    and always open: vCPUs let go of it when they are told, and no page of it leaves the file."""
+    """The client's mapping of one window of a guest_memfd's backing, at `base`. One of hugetlb is not `guarded` but
+    always open: vCPUs let go of it when they are told, and no page of it leaves the file."""
 
     inode: Inode
     fd: int
