@@ -157,6 +157,9 @@ CPU_EXPORT int cpu_space_map(struct cpu_space *space, uint64_t gfn, uint64_t cou
 /* Frames that are no memory: an access stops as MMIO without a miss. */
 CPU_EXPORT int cpu_space_map_mmio(struct cpu_space *space, uint64_t gfn, uint64_t count);
 
+/* Frames whose reads and fetches are memory and whose writes are MMIO, as those of a read-only memslot. */
+CPU_EXPORT int cpu_space_map_rom(struct cpu_space *space, uint64_t gfn, uint64_t count, unsigned kinds, uint64_t hva);
+
 /* Leaves go. With `wait` no CPU of the space can reach them when this returns, but one whose thread makes this call; without,
  * a CPU may do so until its next instruction boundary at which it looks, or a fault of the host. */
 CPU_EXPORT void cpu_space_drop(struct cpu_space *space, uint64_t gfn, uint64_t count, unsigned kinds, bool wait);

@@ -73,6 +73,7 @@ enum refusal {
     REFUSED_GUEST,  /* an exception of the guest: vector, error_code, address */
     REFUSED_HOST,   /* the host would not let it be touched: gpa, hva, write, host_signal */
     REFUSED_CODE,   /* code has changed: the translations go, and it is tried again */
+    REFUSED_MMIO,   /* no memory: gpa, write, fetch; the instruction is to be executed by mmio.c */
 };
 
 struct refused {
@@ -152,7 +153,7 @@ struct cpu {
     enum access refused_access; /* of the fill that was refused */
     uint64_t fault_address;     /* the linear address whose fill was refused */
     int exception;              /* of the last pass */
-    bool stepping, sealed;
+    bool emulating, sealed;
     uint64_t call_start;        /* RIP of the last guest call (guest_calls.c) */
     uint8_t call_length;
     bool call_address_size;
@@ -171,18 +172,29 @@ struct cpu {
     unsigned fills, entries;
     struct { uint64_t linear, hva; } fetched[64]; /* pages that were fetched since the flush, by linear address */
 
+    /* code: code.c */
+    struct code_page *live[4]; /* fetched from since the last flush; compared when a run begins */
+    unsigned live_count;       /* more than 4: too many to compare */
+
     /* faults of the host: fault.c */
     sigjmp_buf *guard;          /* where our own touch of guest memory goes on */
     uint64_t host_fault;        /* address, and signal */
     uint8_t host_signal, host_write;
     bool find_gpa;              /* a step that only looks for the page of host_fault */
+    uint64_t touching;          /* the guest page that we touch ourselves */
 
     /* shared with other threads, atomic */
     uint32_t in_guest;
     uint32_t slice_over;        /* look: at the generation, at signals, at who waits */
+    uint32_t flush_wanted;      /* its grants to write are to be gone: code.c */
+    uint32_t code_stale;        /* what it has translated is to be gone */
+    uint32_t parked;            /* inside of a fill, waiting for another CPU: it executes nothing */
     uint32_t kicked;
+    uint32_t stepping;          /* a pass of one instruction: not to be interrupted */
     uint64_t watched_signals;
     unsigned number;            /* bit of the space's masks */
+    unsigned place;             /* among those that run, from 1; 0: none yet */
+    unsigned ticks;             /* since the run began; the ticker's */
     struct cpu *next;           /* of the space. By its lock */
 };
 
@@ -192,6 +204,7 @@ extern _Thread_local struct cpu *current; /* the CPU that this thread runs */
 
 int cpu_emulate(struct cpu *cpu);                /* a pass; Unicorn's error */
 int cpu_step(struct cpu *cpu);                   /* a pass of one instruction, alone in the world if it must be */
+struct cpu_stop *stop_begin(struct cpu *cpu, enum cpu_stop_kind kind); /* all of it but `data` is 0 */
 int cpu_judge(struct cpu *cpu, int code, bool stepped); /* the stop (written to the block), or CPU_STOP_NONE: go on */
 int stop_not_done(struct cpu *cpu, const struct refused *why); /* an instruction that was rolled back: the stop or NONE */
 int stop_failed(struct cpu *cpu, const char *why);
@@ -251,7 +264,8 @@ bool walk(struct cpu *cpu, const struct paging *paging, uint64_t linear, enum ac
 
 struct leaf_found {
     uint64_t hva; /* of the 4K page */
-    bool writable, mmio;
+    bool writable;
+    bool mmio; /* no memory; or, with an hva, memory whose writes are MMIO */
 };
 
 bool space_lookup(struct cpu_space *space, uint64_t gfn, uint8_t kind, struct leaf_found *found);
@@ -267,6 +281,20 @@ void tlb_flush(struct cpu *cpu);      /* translations of addresses */
 void tlb_flush_code(struct cpu *cpu); /* and of code */
 void tlb_look(struct cpu *cpu);       /* at a boundary: what others have asked for */
 #define MMIO_BASE (1ULL << 51)        /* of the area in which pages of MMIO stand at their guest-physical address */
+
+/* ---- code.c: who has translated code of a page, and who may write it */
+
+struct code_table;
+
+struct code_table *code_table_create(void);
+void code_table_destroy(struct code_table *table);
+struct code_table *space_code(struct cpu_space *space);
+bool code_fetched(struct cpu *cpu, uint64_t linear, uint64_t hva); /* false: REFUSED_CODE */
+bool code_may_write(struct cpu *cpu, uint64_t linear, uint64_t hva, bool writes); /* false, and not `writes`: do not grant it */
+void code_forget(struct cpu *cpu);     /* all its translations are gone */
+void code_tlb_flushed(struct cpu *cpu);
+bool code_unchanged(struct cpu *cpu);  /* what it executes has not been written by the host since the last run */
+void code_run_ended(struct cpu *cpu);
 
 /* ---- delivery.c */
 
@@ -294,10 +322,19 @@ int mmio_next_write(struct cpu *cpu);    /* MMIO_WRITE with the oldest that was 
 void mmio_forget(struct cpu *cpu);
 void mmio_release(struct cpu *cpu);
 
+/* ---- debug.c: what block->guest_debug asks for */
+
+bool debug_wants_step(struct cpu *cpu);
+int debug_after_step(struct cpu *cpu);     /* the stop or NONE */
+int debug_before_delivery(struct cpu *cpu); /* of cpu->pending; the stop or NONE */
+
+/* ---- atomic.c */
+
+bool locks_at_rip(struct cpu *cpu);
+
 /* ---- fault.c */
 
-void faults_prepare(struct cpu *cpu);
-bool fault_is_ours(const struct cpu *cpu, uint64_t address);
+enum { EXIT_ATOMIC = 0x1fd, EXIT_HOST_FAULT = 0x1fe }; /* exceptions of ours, beside QEMU's */
 
 /* ---- modes.c: slices, serial, parallel */
 
@@ -305,6 +342,9 @@ extern enum cpu_mode mode;
 void world_enter(struct cpu *cpu);
 void world_leave(struct cpu *cpu);
 void world_yield(struct cpu *cpu);     /* at a boundary */
-void world_stop(struct cpu *cpu);      /* alone from here on, until */
+bool world_stop(struct cpu *cpu);      /* alone from here on until world_go(); false: kicked meanwhile */
 void world_go(struct cpu *cpu);
+void kick(struct cpu *cpu);            /* have it come to a boundary soon */
+void ticker_enter(struct cpu *cpu);
+void ticker_leave(struct cpu *cpu);
 bool signals_wait(const struct cpu *cpu);
