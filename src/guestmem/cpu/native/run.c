@@ -11,6 +11,7 @@
  * that intercepts MSRs, writes to DR7, an INIT and the moment at which an interrupt or NMI could be taken: these end a pass
  * exactly, and no host is entered. An INIT is how others have a CPU look (kick). */
 #include <errno.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
