@@ -221,12 +221,22 @@ void state_store(struct cpu *cpu);                 /* all of it into the block *
 void update_hflags(struct cpu *cpu);               /* from segments, control registers, EFER */
 bool state_hooks(struct cpu *cpu);                 /* CPUID, RDTSC, RDTSCP */
 
+/* ---- fpu.c */
+
+bool fpu_find(struct cpu *cpu);  /* where Unicorn has it */
+void fpu_reset(struct cpu_block *block);
+void fpu_load(struct cpu *cpu);
+void fpu_store(struct cpu *cpu);
+
 /* ---- msrs.c */
 
 /* RDMSR or WRMSR at RIP: done, or an exception pends, or the stop that asks (RDMSR, WRMSR). */
 int msr_instruction(struct cpu *cpu);
 void msr_finish(struct cpu *cpu, uint64_t value); /* the answer to it; RIP moves past */
 uint64_t cpu_tsc(const struct cpu_block *block);
+void msrs_reset(struct cpu_block *block);
+void msrs_load(struct cpu *cpu);  /* those that Unicorn's CPU has while it runs */
+void msrs_store(struct cpu *cpu);
 uint64_t *msr_place(struct cpu_block *block, uint32_t index); /* in block->msrs, or NULL */
 
 /* ---- cpuid.c */

@@ -1,0 +1,289 @@
+/* What a guest asks of its hypervisor, its firmware or the CPU by an instruction that Unicorn does not know.
+ *
+ *   VMCALL, VMMCALL                 any guest
+ *   VMGEXIT, PVALIDATE, RMPADJUST   an SNP guest; to another, VMGEXIT is VMMCALL and the other two are no instructions
+ *   TDCALL                          a TD
+ *
+ * All are 0F 01 and a third byte, told apart by 66, F2 or F3 in front, the last two of which win. To Unicorn they are invalid,
+ * so they are looked at where they stand. So are instructions that it knows and refuses: see at_least_sse().
+ *
+ * Source: AMD APM vol. 3, PVALIDATE, RMPADJUST, VMGEXIT, VMMCALL (return codes set OF, ZF, AF, PF and SF: as TEST would, which
+ * the manual leaves open); Intel SDM vol. 2, VMCALL, TDCALL; binutils gas/testsuite/gas/i386/x86-64-snp.d and x86-64-tdx.d
+ * for encodings. */
+#include <string.h>
+
+#include "inside.h"
+
+enum { LENGTH_MAX = 15, OPERAND_SIZE = 0x66, ADDRESS_SIZE = 0x67, REPNE = 0xf2, REP = 0xf3 };
+enum { FLAG_CF = 1 << 0, FLAG_PF = 1 << 2, FLAG_AF = 1 << 4, FLAG_ZF = 1 << 6, FLAG_SF = 1 << 7, FLAG_OF = 1 << 11 };
+
+/* The bytes at RIP, up to the end of the first opcode map's escape and the byte after it. */
+struct instruction {
+    uint8_t bytes[LENGTH_MAX];
+    uint8_t got;    /* how many of them were read */
+    uint8_t opcode; /* where the prefixes end */
+    uint8_t repeat; /* F2, F3 or 0 */
+    bool operand_size, address_size, rex;
+};
+
+static bool fetch(struct cpu *cpu, struct instruction *instruction, unsigned count)
+{
+    while (instruction->got < count) {
+        if (instruction->got == LENGTH_MAX ||
+            !linear_code(cpu, linear_rip(cpu) + instruction->got, &instruction->bytes[instruction->got], 1))
+            return false; /* Unicorn found it invalid before it had all of it */
+        instruction->got++;
+    }
+    return true;
+}
+
+static bool take_prefix(struct instruction *instruction, uint8_t byte, bool long_mode)
+{
+    switch (byte) {
+    case REPNE: case REP:
+        instruction->repeat = byte;
+        return true;
+    case OPERAND_SIZE:
+        instruction->operand_size = true;
+        return true;
+    case ADDRESS_SIZE:
+        instruction->address_size = true;
+        return true;
+    case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65:
+        return true;
+    default:
+        return long_mode && byte >> 4 == 4; /* REX */
+    }
+}
+
+static bool decode(struct cpu *cpu, struct instruction *instruction)
+{
+    bool long_mode = cpu->at.env->hflags & HF_CS64;
+    memset(instruction, 0, sizeof(*instruction));
+    for (unsigned at = 0;; at++) {
+        if (!fetch(cpu, instruction, at + 1))
+            return false;
+        if (!take_prefix(instruction, instruction->bytes[at], long_mode))
+            break;
+    }
+    instruction->opcode = instruction->got - 1;
+    return true;
+}
+
+/* ---- the calls */
+
+static int raise_in_guest(struct cpu *cpu, uint8_t vector)
+{
+    pend(cpu, vector, 0);
+    return CPU_STOP_NONE;
+}
+
+static void move_past(struct cpu *cpu)
+{
+    cpu->at.env->eip = cpu->call_start + cpu->call_length;
+    instruction_done(cpu);
+}
+
+static bool outside_of_ring_0(const struct cpu *cpu)
+{
+    return cpu->at.env->hflags & HF_CPL;
+}
+
+static int hypercall(struct cpu *cpu)
+{
+    const struct env *env = cpu->at.env;
+    uint64_t mask = env->hflags & HF_CS64 ? ~0ULL : 0xffffffff;
+    struct cpu_stop *stop = stop_begin(cpu, CPU_STOP_HYPERCALL);
+    stop->nr = env->regs[RAX] & mask;
+    stop->value[0] = env->regs[RBX] & mask;
+    stop->value[1] = env->regs[RCX] & mask;
+    stop->value[2] = env->regs[RDX] & mask;
+    stop->value[3] = env->regs[RSI] & mask;
+    stop->cpl = env->hflags & HF_CPL;
+    move_past(cpu);
+    trap_if_traced(cpu);
+    return CPU_STOP_HYPERCALL;
+}
+
+enum { MSR_GHCB = (int)0xc0010130 };
+
+static int vmgexit(struct cpu *cpu)
+{
+    stop_begin(cpu, CPU_STOP_VMGEXIT)->value[0] = *msr_place(cpu->block, (uint32_t)MSR_GHCB);
+    move_past(cpu);
+    trap_if_traced(cpu);
+    return CPU_STOP_VMGEXIT;
+}
+
+/* #GP(0) outside of 64-bit code as well. Source: td_call() of the TDX module's tdx_td_dispatcher.c */
+static int tdcall(struct cpu *cpu)
+{
+    if (!(cpu->at.env->hflags & HF_CS64) || outside_of_ring_0(cpu))
+        return raise_in_guest(cpu, GP);
+    stop_begin(cpu, CPU_STOP_TDCALL)->nr = cpu->at.env->regs[RAX];
+    return CPU_STOP_TDCALL;
+}
+
+static uint64_t address_mask(const struct cpu *cpu)
+{
+    const struct env *env = cpu->at.env;
+    if (env->hflags & HF_CS64)
+        return cpu->call_address_size ? 0xffffffff : ~0ULL;
+    return ((env->segs[CS].flags & DESC_B) != 0) != cpu->call_address_size ? 0xffffffff : 0xffff;
+}
+
+/* The page at rAX, which must be mapped as private. Else it is a page fault with the reserved bit. Source: an SNP machine's
+ * oops at a PVALIDATE, error code 9, RAX in CR2, a leaf without the C-bit: TUM-DSE/CVM_eval issue 37. */
+static int page_stop(struct cpu *cpu, enum cpu_stop_kind kind)
+{
+    uint64_t linear = cpu->at.env->regs[RAX] & address_mask(cpu) & PAGE_MASK, gpa;
+    uint8_t access;
+    if (!linear_page(cpu, linear, &gpa, &access))
+        return stop_not_done(cpu, &cpu->refused);
+    if (access == CPU_ACCESS_SHARED) {
+        pend(cpu, PF, PF_PRESENT | PF_RESERVED);
+        cpu->pending.address = linear;
+        return CPU_STOP_NONE;
+    }
+    struct cpu_stop *stop = stop_begin(cpu, kind);
+    stop->gpa = gpa;
+    stop->large = cpu->at.env->regs[RCX] & 1;
+    stop->validate = cpu->at.env->regs[RDX] & 1;
+    stop->value[0] = cpu->at.env->regs[RDX];
+    return (int)kind;
+}
+
+static int pvalidate(struct cpu *cpu)
+{
+    return outside_of_ring_0(cpu) ? raise_in_guest(cpu, GP) : page_stop(cpu, CPU_STOP_PVALIDATE);
+}
+
+static int rmpadjust(struct cpu *cpu)
+{
+    if (!(cpu->at.env->hflags & HF_CS64))
+        return raise_in_guest(cpu, UD);
+    return outside_of_ring_0(cpu) ? raise_in_guest(cpu, GP) : page_stop(cpu, CPU_STOP_RMPADJUST);
+}
+
+typedef int call(struct cpu *cpu);
+
+/* By the prefix that is part of the name, and the third byte; NULL: none. */
+static call *call_of(const struct cpu *cpu, const struct instruction *instruction, uint8_t third)
+{
+    bool snp = cpu->block->guest_kind == CPU_GUEST_SNP, td = cpu->block->guest_kind == CPU_GUEST_TD;
+    uint8_t repeat = instruction->repeat;
+    bool plain = !repeat && !instruction->operand_size;
+    if (plain && third == 0xc1)
+        return hypercall;
+    if (third == 0xd9 && (plain || repeat))
+        return snp && repeat ? vmgexit : hypercall;
+    if (snp && repeat == REPNE && third == 0xff)
+        return pvalidate;
+    if (snp && repeat == REP && third == 0xfe)
+        return rmpadjust;
+    return td && !repeat && instruction->operand_size && third == 0xcc ? tdcall : NULL;
+}
+
+static call *find_call(struct cpu *cpu, struct instruction *instruction)
+{
+    const uint8_t *opcode = &instruction->bytes[instruction->opcode];
+    if (opcode[0] != 0x0f || !fetch(cpu, instruction, instruction->opcode + 3u) || opcode[1] != 0x01)
+        return NULL;
+    cpu->call_start = cpu->at.env->eip;
+    cpu->call_length = instruction->opcode + 3;
+    cpu->call_address_size = instruction->address_size;
+    return call_of(cpu, instruction, opcode[2]);
+}
+
+/* ---- instructions on general registers that Unicorn takes for SSE, and refuses while CR4.OSFXSR is clear */
+
+static bool is_vex(const struct instruction *instruction, bool long_mode)
+{
+    uint8_t byte = instruction->bytes[instruction->opcode];
+    return (byte == 0xc4 || byte == 0xc5) && (long_mode || instruction->bytes[instruction->opcode + 1] >= 0xc0);
+}
+
+/* VEX.0F38 F2, F3, F5, F6, F7 and VEX.0F3A F0: ANDN, BLSx, BZHI, PDEP, PEXT, MULX, BEXTR, SARX, SHLX, SHRX, RORX. */
+static bool is_bmi(const uint8_t *vex)
+{
+    unsigned map = vex[1] & 31;
+    if (vex[0] != 0xc4)
+        return false;
+    return map == 2 ? vex[3] == 0xf2 || vex[3] == 0xf3 || (vex[3] >= 0xf5 && vex[3] <= 0xf7) : map == 3 && vex[3] == 0xf0;
+}
+
+/* 0F38 F0, F1: MOVBE, CRC32; F6: ADCX, ADOX. 0F B8 with F3: POPCNT; 0F BC, BD: TZCNT, LZCNT; 0F C3: MOVNTI. */
+static bool is_general(const uint8_t *opcode)
+{
+    if (opcode[0] != 0x0f)
+        return false;
+    if (opcode[1] == 0x38)
+        return opcode[2] == 0xf0 || opcode[2] == 0xf1 || opcode[2] == 0xf6;
+    return opcode[1] == 0xb8 || opcode[1] == 0xbc || opcode[1] == 0xbd || opcode[1] == 0xc3;
+}
+
+/* Executes it as with OSFXSR; translations are told apart by hflags. False: it is none of these. */
+static bool at_least_sse(struct cpu *cpu, struct instruction *instruction, int *stop)
+{
+    struct env *env = cpu->at.env;
+    if (env->hflags & HF_OSFXSR || !fetch(cpu, instruction, instruction->opcode + 4u))
+        return false;
+    const uint8_t *opcode = &instruction->bytes[instruction->opcode];
+    if (!(is_vex(instruction, env->hflags & HF_CS64) ? is_bmi(opcode) : is_general(opcode)))
+        return false;
+    env->hflags |= HF_OSFXSR;
+    int code = cpu_step(cpu);
+    env->hflags &= ~(uint32_t)HF_OSFXSR;
+    *stop = code == UC_ERR_INSN_INVALID ? raise_in_guest(cpu, UD) : cpu_judge(cpu, code, true);
+    return true;
+}
+
+/* ---- */
+
+int guest_call(struct cpu *cpu)
+{
+    struct instruction instruction;
+    int stop;
+    if (!decode(cpu, &instruction))
+        return raise_in_guest(cpu, UD);
+    call *found = find_call(cpu, &instruction);
+    if (found)
+        return found(cpu);
+    return at_least_sse(cpu, &instruction, &stop) ? stop : raise_in_guest(cpu, UD);
+}
+
+/* EAX and the flags that follow from it; the instruction is done. */
+static void return_status(struct cpu *cpu, uint32_t status)
+{
+    struct env *env = cpu->at.env;
+    env->regs[RAX] = status;
+    env->eflags &= ~(uint64_t)(FLAG_PF | FLAG_AF | FLAG_ZF | FLAG_SF | FLAG_OF);
+    env->eflags |= status ? 0 : FLAG_ZF;
+    env->eflags |= __builtin_parity(status & 0xff) ? 0 : FLAG_PF;
+    env->eflags |= status >> 31 ? FLAG_SF : 0;
+    move_past(cpu);
+}
+
+void guest_call_finish(struct cpu *cpu, uint32_t kind, uint64_t value)
+{
+    struct env *env = cpu->at.env;
+    switch (kind) {
+    case CPU_STOP_HYPERCALL:
+        env->regs[RAX] = value & (env->hflags & HF_CS64 ? ~0ULL : 0xffffffff);
+        break;
+    case CPU_STOP_VMGEXIT:
+        *msr_place(cpu->block, (uint32_t)MSR_GHCB) = value;
+        break;
+    case CPU_STOP_TDCALL:
+        env->regs[RAX] = value;
+        move_past(cpu);
+        break;
+    case CPU_STOP_PVALIDATE:
+        return_status(cpu, (uint32_t)value);
+        env->eflags = (env->eflags & ~(uint64_t)FLAG_CF) | (value >> 32 & 1 ? FLAG_CF : 0);
+        break;
+    default:
+        return_status(cpu, (uint32_t)value);
+        break;
+    }
+}
