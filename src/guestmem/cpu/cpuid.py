@@ -56,6 +56,11 @@ def default(page_bit: PageBit | None) -> CpuidTable:
     }
 
 
+def is_indexed(leaf: int) -> bool:
+    """Whether the leaf has subleaves that differ."""
+    return leaf in _INDEXED
+
+
 def lookup(table: CpuidTable, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     """EAX, EBX, ECX, EDX; zeros for a leaf that the table does not have."""
     answer = table.get((leaf, subleaf))

@@ -125,6 +125,31 @@ class MmioRead:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ReadMsr:
+    """RDMSR of an MSR that stops. `complete(value)` finishes it, `raise_exception` (#GP) ends it."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WriteMsr:
+    """WRMSR of an MSR that stops. `complete(0)` finishes it, `raise_exception` (#GP) ends it."""
+
+    index: int
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Debug:
+    """What KVM_SET_GUEST_DEBUG asked for: vector 1 (#DB) or 3 (#BP), at the linear address `rip`."""
+
+    vector: int
+    rip: int
+    dr6: int
+    dr7: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Halt:
     """HLT. Complete."""
 
@@ -200,6 +225,11 @@ class SliceOver:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SignalPending:
+    """A signal waits for the thread that runs the CPU. Run again."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class HostFault:
     """The host would not let the memory behind `gpa`, at its address `hva`, be touched. Run again to repeat it."""
 
@@ -228,6 +258,9 @@ Stop: TypeAlias = (
     | PortIn
     | MmioWrite
     | MmioRead
+    | ReadMsr
+    | WriteMsr
+    | Debug
     | Halt
     | Hypercall
     | Pvalidate
@@ -237,6 +270,7 @@ Stop: TypeAlias = (
     | Shutdown
     | InterruptWindow
     | SliceOver
+    | SignalPending
     | HostFault
     | Left
     | Failed

@@ -1,159 +1,118 @@
-"""UnicornEngine: the default engine, Unicorn (QEMU's TCG) as one virtual CPU.
+"""UnicornEngine: the default engine, one virtual CPU of libguestmem_cpu.so in this process.
 
-Unicorn translates and executes; what it leaves to its user, or gets wrong for a machine, is done in the modules beside
-this one: translation of addresses (`tlb`, `guest_walk`), code that others rewrite (`code_watch`), exact port exits
-(`port_io`), MMIO (`mmio`), exceptions (`exceptions`), CPUID, MSRs and SYSCALL (`instructions`), hypercalls and what
-protected guests have (`guest_calls`), exact stops (`uc_core`), hidden segment state (`cpu_state`, `x86_env`). `uc_vcpu`
-puts them together; here are the protocol and the slices.
+What it executes, and how, is in `native` (run.c is the loop). Here its stage 2 is asked when it misses, and its stops and
+state become Python's.
 
-Limits: no virtual-8086 mode, no task gates; TCG checks no segment limits; see also `code_watch`, `mmio` and
-`Tlb._holds_descriptors`.
+Limits: no virtual-8086 mode, no task gates; TCG checks no segment limits; see also native/code.c, mmio.c and tlb.c.
 """
 
 from __future__ import annotations
 
-from guestmem.cpu import cpuid, uc_native
-from guestmem.cpu.engine import (
-    CpuidTable,
-    GuestMemory,
-    Hypercall,
-    MmioRead,
-    PortIn,
-    Pvalidate,
-    Rmpadjust,
-    SliceOver,
-    Stop,
-    Tdcall,
-    Vmgexit,
+import ctypes
+import functools
+import mmap
+import weakref
+
+from guestmem.cpu.block import (
+    ACCESS_ANY,
+    ACCESS_PRIVATE,
+    BLOCK_SIZE,
+    STOP_MISS,
+    BlockState,
+    new_block,
+    read_stop,
 )
-from guestmem.cpu.exceptions import Event
-from guestmem.cpu.guest_calls import PAST_INSTRUCTION
-from guestmem.cpu.registers import Regs, Sregs
-from guestmem.cpu.slice_timer import shared as slice_timer
-from guestmem.cpu.uc_state import UnicornState
-from guestmem.cpu.uc_vcpu import Vcpu
+from guestmem.cpu.engine import GuestMemory, SliceOver, Stage2Miss, Stop, Translation
+from guestmem.cpu.library import MODE_SLICES, Library, load
+
+_PAGE_SHIFT, _PAGE = 12, 4096
+_EVERY_FRAME = 1 << 45
+_BOTH_KINDS = 3
+_MISSES_MAX = 64
+"""Misses that one run answers by itself; then others have their turn."""
 
 
-class UnicornEngine(UnicornState):
+@functools.cache
+def _library() -> Library:
+    """Ready for CPUs of this process, which the scheduler runs one at a time."""
+    library = load()
+    library.set_mode(MODE_SLICES)
+    library.install_handlers()
+    return library
+
+
+class UnicornEngine(BlockState):
     """One virtual CPU, in the state after reset. Implements `guestmem.cpu.engine.Engine` and `CpuState`.
 
     All methods but `close` raise ValueError once it is closed.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
-        super().__init__(Vcpu(memory))
-        self._asked: Stop | None = None
-        self._next: Stop | None = None
-        self.set_cpuid(cpuid.default(memory.page_bit))
-        self.set_sregs(Sregs())
-        # RDX after reset is the signature of the processor; KVM gives 0x600 before it knows one.
-        self.set_regs(Regs(rip=0xFFF0, rdx=0x600))
+        library = _library()
+        self._buffer = mmap.mmap(-1, -(-BLOCK_SIZE // mmap.PAGESIZE) * mmap.PAGESIZE)
+        super().__init__(new_block(self._buffer, 0, memory.page_bit), memory.page_bit)
+        self._memory = memory
+        self._space = library.space_create()
+        self._cpu = library.create(self._space, ctypes.addressof(self.block)) if self._space else None
+        if not self._cpu:
+            raise RuntimeError(f"no CPU: {library.last_error().decode() if self._space else 'no memory'}")
+        self._finalizer = weakref.finalize(self, _destroy, library, self._cpu, self._space)
+        self._finalizer.atexit = False
 
     def run(self) -> Stop:
         """Execute until a stop. Raises: what GuestMemory raises."""
-        self._check_open()
-        stop, self._next = self._next or self._vcpu.mmio.next_write(), None
-        if stop is None:
-            stop = self._run_slice()
-        self._asked = stop
-        return stop
+        block, run, memory = self.block, self._library.run, self._memory
+        for _ in range(_MISSES_MAX):
+            if run(self._cpu) != STOP_MISS:
+                return read_stop(block)
+            missed = block.stop
+            access = missed.access
+            private = None if access == ACCESS_ANY else access == ACCESS_PRIVATE
+            found = memory.translate(missed.gpa & -_PAGE, bool(missed.write), private)
+            if found is None:
+                return Stage2Miss(missed.gpa, bool(missed.write), bool(missed.fetch), private)
+            self._map(missed.gpa, found, _BOTH_KINDS if private is None else 1 << access)
+        return SliceOver()
 
-    def _run_slice(self) -> Stop:
-        vcpu, core, code = self._vcpu, self._core, self._vcpu.tlb.code
-        core.begin_slice()
-        slice_timer.enter(core)
-        try:
-            if not code.unchanged():
-                vcpu.tlb.flush_code()
-            stop = vcpu.advance()
-            while stop is None:
-                stop = SliceOver() if core.slice_over else vcpu.advance()
-        finally:
-            slice_timer.leave()
-            code.run_ended()
-            if core.slice_over:
-                vcpu.tlb.slice_over()
-        return stop
+    def _map(self, gpa: int, found: Translation, kinds: int) -> None:
+        if self._library.space_map(self._space, gpa >> _PAGE_SHIFT, 1, kinds, found.hva, found.writable):
+            raise MemoryError(f"no memory for the leaf of {gpa:#x}")
 
     def emulate_mmio(self, gpa: int, write: bool) -> Stop:
-        """Execute the instruction that missed stage 2 at `gpa`. What it does there is seen, `write` is not needed."""
-        self._check_open()
-        self._vcpu.mmio.add_page(gpa)
-        stop = self.run()
-        while isinstance(stop, SliceOver) and self._vcpu.mmio.active:
-            stop = self.run()
-        return stop
+        """Execute the access that missed stage 2 at `gpa` as MMIO; of a page that can be read, the writes are."""
+        found = self._memory.translate(gpa & -_PAGE, False, None) if write else None
+        frame = gpa >> _PAGE_SHIFT
+        if found is None:
+            self._library.space_map_mmio(self._space, frame, 1)
+        else:
+            self._library.space_map_rom(self._space, frame, 1, _BOTH_KINDS, found.hva)
+        return self.run()
 
     def complete(self, value: int) -> None:
         """The value for the last stop, with which its instruction is finished at once.
 
-        Dropped if nothing asks any more, because RIP was set meanwhile. Raises: what GuestMemory raises.
+        Dropped if nothing asks any more, because RIP was set meanwhile.
         """
-        self._check_open()
-        asked, self._asked = self._asked, None
-        if isinstance(asked, PortIn):
-            self._next = self._vcpu.answer_port(asked, value)
-        elif isinstance(asked, MmioRead):
-            self._vcpu.mmio.supply(value)
-            while self._vcpu.mmio.active and self._next is None:
-                self._next = self._vcpu.advance()
-        elif isinstance(asked, (Hypercall, Pvalidate, Rmpadjust, Vmgexit, Tdcall)):
-            self._vcpu.finish_call(asked, value)
+        super().complete(value)
+        self._library.settle(self._cpu)
 
     def raise_exception(self, vector: int, error_code: int) -> None:
-        """Delivered at the next run, at the instruction of the last stop."""
-        self._check_open()
-        asked, self._asked = self._asked, None
-        self._vcpu.raise_exception(asked, Event(vector, error_code))
+        """See Engine."""
+        super().raise_exception(vector, error_code)
+        self._library.settle(self._cpu)
 
     def flush_tlb(self) -> None:
-        """Forget every translation of addresses. About 2 us; also right inside of GuestMemory.translate."""
-        self._check_open()
-        self._vcpu.tlb.flush()
-
-    def set_cpuid(self, table: CpuidTable) -> None:
-        """What CPUID answers. MAXPHYADDR follows from it; the page bit does not, which is the hardware's."""
-        self._check_open()
-        self._vcpu.instructions.msrs.cpuid = dict(table)
-        self._vcpu.tlb.set_physical_bits(cpuid.physical_bits(table))
-
-    def get_regs(self) -> Regs:
-        """The general registers. At a stop that repeats its instruction, those before the instruction."""
-        self._check_open()
-        return self._core.cpu.get_regs()
-
-    def set_regs(self, regs: Regs) -> None:
-        """Set the general registers. If RIP moves, what the instruction there waited for is void."""
-        self._check_open()
-        if self._core.cpu.env.eip != regs.rip:
-            self._forget_instruction()
-        self._core.cpu.set_regs(regs)
-
-    def get_sregs(self) -> Sregs:
-        """Segments with their hidden parts, and control registers."""
-        self._check_open()
-        sregs = self._core.cpu.get_sregs()
-        sregs.apic_base = self._vcpu.instructions.msrs.apic_base
-        return sregs
-
-    def set_sregs(self, sregs: Sregs) -> None:
-        """Set segments, hidden parts included, and control registers. Nothing is read from guest memory."""
-        self._check_open()
-        self._core.cpu.set_sregs(sregs)
-        uc_native.flush_tlb(self._core.handle)
-        self._vcpu.instructions.msrs.apic_base = sregs.apic_base
+        """Forget every translation: the next access of each page asks GuestMemory again."""
+        self.block  # noqa: B018 - raises if it is closed
+        self._library.space_drop(self._space, 0, _EVERY_FRAME, _BOTH_KINDS, False)
 
     def close(self) -> None:
-        """Give Unicorn's memory back. Idempotent."""
-        with slice_timer.lock:
-            self._closed = True
-            self._core.close()
+        """Give back what the engine holds. Idempotent."""
+        if self._block is not None:
+            self._finalizer()
+            self.close_block()
 
-    def _forget_instruction(self) -> None:
-        """An answer, a device access or an exception that is not delivered yet."""
-        if not isinstance(self._asked, PAST_INSTRUCTION):
-            self._asked = None
-        self._next = None
-        if self._vcpu.pending is not None and not self._vcpu.pending.external:
-            self._vcpu.pending = None
-        self._vcpu.mmio.forget()
+
+def _destroy(library: Library, cpu: int, space: int) -> None:
+    library.destroy(cpu)
+    library.space_destroy(space)

@@ -13,7 +13,8 @@ struct fpu {
     uint16_t status; /* without the top of the stack */
     uint16_t control;
     uint8_t empty[8]; /* by register, not by place on the stack */
-    uint8_t registers[8][16] __attribute__((aligned(16)));
+    uint8_t padding[8];
+    uint8_t registers[8][16];
 };
 
 enum { XMM_STRIDE = 64, SCAN = 2048 }; /* each xmm register has room for a zmm */
