@@ -178,13 +178,16 @@ def test_read_only_memory(engine: UnicornEngine, memory: Memory) -> None:
     assert memory.word(DATA) == 0xF0
 
 
-def test_the_device_is_a_device_for_one_instruction(engine: UnicornEngine, memory: Memory) -> None:
-    start(engine, memory, b"\x89\x07\x89\x07")
+def test_the_device_is_a_device_until_its_leaf_goes(engine: UnicornEngine, memory: Memory) -> None:
+    start(engine, memory, b"\x89\x07\x89\x07\x89\x07", rax=7)
     assert run(engine) == Stage2Miss(MMIO, write=True)
-    assert engine.emulate_mmio(MMIO, True) == MmioWrite(MMIO, 4, 0)
-    assert run(engine) == Stage2Miss(MMIO, write=True)
+    assert engine.emulate_mmio(MMIO, True) == MmioWrite(MMIO, 4, 7)
+    assert run(engine) == MmioWrite(MMIO, 4, 7)
+    assert memory.word(MMIO, 4) == 0
     memory.denied.clear()
+    engine.flush_tlb()
     assert run(engine) == Halt()
+    assert memory.word(MMIO, 4) == 7
 
 
 def with_handler(engine: UnicornEngine, memory: Memory, vector: int, code: bytes) -> None:
@@ -291,4 +294,4 @@ def test_a_device_that_is_too_far(engine: UnicornEngine, memory: Memory) -> None
     far = 1 << 51 | MMIO
     memory.set_word(TABLES + 4 * PAGE + DATA // PAGE * 8, far | 0x67)
     assert run(engine) == Stage2Miss(far)
-    assert isinstance(engine.emulate_mmio(far, False), Failed)
+    assert engine.emulate_mmio(far, False) == Failed(CODE, "a device above 2^51")

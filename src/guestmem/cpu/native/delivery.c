@@ -6,6 +6,8 @@
  * Source: Intel SDM vol. 3, chapter 7 "Interrupt and exception handling" (double faults: tables 7-4 and 7-5), and vol. 2,
  * "INT n"; AMD APM vol. 2, 15.35.5 for #VC, which makes no double fault here. Not modelled: task gates and virtual-8086 mode
  * (the stop says so), shadow stacks, segment limits of stacks. */
+#include <stdio.h>
+
 #include "inside.h"
 
 enum { INTERRUPT_16 = 6, TRAP_16 = 7, INTERRUPT_32 = 14, TRAP_32 = 15, TASK = 5 };
@@ -42,7 +44,7 @@ struct delivery {
     uint8_t vector;
     uint32_t error_code;
     uint64_t address;
-    const char *unsupported;
+    const char *unsupported; /* what is not modelled */
     /* the gate */
     uint32_t selector, size; /* of a word of the frame */
     uint64_t offset;
@@ -124,7 +126,7 @@ static enum outcome find_gate(struct delivery *d)
         return outcome;
     unsigned kind = low >> 40 & 31;
     if (kind == TASK && !d->long_mode) {
-        d->unsupported = "an exception through a task gate";
+        d->unsupported = "through a task gate";
         return UNSUPPORTED;
     }
     if (!is_gate(d, kind))
@@ -340,7 +342,7 @@ static enum outcome deliver_once(struct delivery *d)
     d->cpl = dpl_of(&env->segs[SS]);
     d->ext = d->event->length ? 0 : 1;
     if (env->eflags & RFLAGS_VM) {
-        d->unsupported = "an exception in virtual-8086 mode";
+        d->unsupported = "in virtual-8086 mode";
         return UNSUPPORTED;
     }
     return env->cr[0] & CR0_PE ? deliver_protected(d) : deliver_real(d);
@@ -372,6 +374,13 @@ static int triple_fault(struct cpu *cpu)
     return CPU_STOP_SHUTDOWN;
 }
 
+static int unsupported(struct cpu *cpu, const struct delivery *d)
+{
+    char why[sizeof(cpu->block->stop.why)];
+    snprintf(why, sizeof(why), "vector %d %s", d->event->vector, d->unsupported);
+    return stop_failed(cpu, why);
+}
+
 int deliver(struct cpu *cpu)
 {
     struct event event = cpu->pending;
@@ -386,7 +395,7 @@ int deliver(struct cpu *cpu)
         case INTERRUPTED:
             return stop_not_done(cpu, &cpu->refused);
         case UNSUPPORTED:
-            return stop_failed(cpu, d.unsupported);
+            return unsupported(cpu, &d);
         case FAULTED:
             break;
         }

@@ -203,7 +203,9 @@ static int after_refusal(struct cpu *cpu, const struct refused *why, uint64_t ad
         tlb_flush_code(cpu);
         return CPU_STOP_NONE;
     case REFUSED_MMIO:
-        if (!why->whole_page || why->fetch)
+        if (why->gpa >= MMIO_BASE)
+            return stop_failed(cpu, "a device above 2^51");
+        if (!why->whole_page || why->fetch || cpu->mmio.active)
             return stop_failed(cpu, "a fetch, a page-table walk or a descriptor table in MMIO");
         mmio_begin_instruction(cpu);
         return CPU_STOP_NONE;
@@ -577,6 +579,8 @@ static int apply_answer(struct cpu *cpu)
     struct cpu_answer *answer = &cpu->block->answer;
     uint32_t kind = answer->kind, asked = cpu->block->stop.kind;
     answer->kind = CPU_ANSWER_NONE;
+    if (kind != CPU_ANSWER_NONE)
+        cpu->block->stop.kind = CPU_STOP_NONE; /* a second answer is nobody's */
     if (kind == CPU_ANSWER_VALUE)
         return finish(cpu, answer, asked);
     if (kind != CPU_ANSWER_RAISE)
