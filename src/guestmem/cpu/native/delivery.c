@@ -26,7 +26,7 @@ static bool is_contributory(uint8_t vector)
 static bool is_fault(uint8_t vector)
 {
     switch (vector) {
-    case 0: case 5: case UD: case 7: case TS: case NP: case SS_FAULT: case GP: case PF: case 16: case 17: case 19: case VC:
+    case 0: case 5: case UD: case NM: case TS: case NP: case SS_FAULT: case GP: case PF: case 16: case 17: case 19: case VC:
         return true;
     default:
         return false;

@@ -5,70 +5,15 @@
  *   TDCALL                          a TD
  *
  * All are 0F 01 and a third byte, told apart by 66, F2 or F3 in front, the last two of which win. To Unicorn they are invalid,
- * so they are looked at where they stand. So are instructions that it knows and refuses: see at_least_sse().
+ * so they are looked at where they stand.
  *
  * Source: AMD APM vol. 3, PVALIDATE, RMPADJUST, VMGEXIT, VMMCALL (return codes set OF, ZF, AF, PF and SF: as TEST would, which
  * the manual leaves open); Intel SDM vol. 2, VMCALL, TDCALL; binutils gas/testsuite/gas/i386/x86-64-snp.d and x86-64-tdx.d
  * for encodings. */
-#include <string.h>
-
 #include "inside.h"
 
-enum { LENGTH_MAX = 15, OPERAND_SIZE = 0x66, ADDRESS_SIZE = 0x67, REPNE = 0xf2, REP = 0xf3 };
+enum { REPNE = 0xf2, REP = 0xf3 };
 enum { FLAG_CF = 1 << 0, FLAG_PF = 1 << 2, FLAG_AF = 1 << 4, FLAG_ZF = 1 << 6, FLAG_SF = 1 << 7, FLAG_OF = 1 << 11 };
-
-/* The bytes at RIP, up to the end of the first opcode map's escape and the byte after it. */
-struct instruction {
-    uint8_t bytes[LENGTH_MAX];
-    uint8_t got;    /* how many of them were read */
-    uint8_t opcode; /* where the prefixes end */
-    uint8_t repeat; /* F2, F3 or 0 */
-    bool operand_size, address_size, rex;
-};
-
-static bool fetch(struct cpu *cpu, struct instruction *instruction, unsigned count)
-{
-    while (instruction->got < count) {
-        if (instruction->got == LENGTH_MAX ||
-            !linear_code(cpu, linear_rip(cpu) + instruction->got, &instruction->bytes[instruction->got], 1))
-            return false; /* Unicorn found it invalid before it had all of it */
-        instruction->got++;
-    }
-    return true;
-}
-
-static bool take_prefix(struct instruction *instruction, uint8_t byte, bool long_mode)
-{
-    switch (byte) {
-    case REPNE: case REP:
-        instruction->repeat = byte;
-        return true;
-    case OPERAND_SIZE:
-        instruction->operand_size = true;
-        return true;
-    case ADDRESS_SIZE:
-        instruction->address_size = true;
-        return true;
-    case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65:
-        return true;
-    default:
-        return long_mode && byte >> 4 == 4; /* REX */
-    }
-}
-
-static bool decode(struct cpu *cpu, struct instruction *instruction)
-{
-    bool long_mode = cpu->at.env->hflags & HF_CS64;
-    memset(instruction, 0, sizeof(*instruction));
-    for (unsigned at = 0;; at++) {
-        if (!fetch(cpu, instruction, at + 1))
-            return false;
-        if (!take_prefix(instruction, instruction->bytes[at], long_mode))
-            break;
-    }
-    instruction->opcode = instruction->got - 1;
-    return true;
-}
 
 /* ---- the calls */
 
@@ -187,7 +132,7 @@ static call *call_of(const struct cpu *cpu, const struct instruction *instructio
 static call *find_call(struct cpu *cpu, struct instruction *instruction)
 {
     const uint8_t *opcode = &instruction->bytes[instruction->opcode];
-    if (opcode[0] != 0x0f || !fetch(cpu, instruction, instruction->opcode + 3u) || opcode[1] != 0x01)
+    if (opcode[0] != 0x0f || !decode_more(cpu, instruction, instruction->opcode + 3u) || opcode[1] != 0x01)
         return NULL;
     cpu->call_start = cpu->at.env->eip;
     cpu->call_length = instruction->opcode + 3;
@@ -195,61 +140,11 @@ static call *find_call(struct cpu *cpu, struct instruction *instruction)
     return call_of(cpu, instruction, opcode[2]);
 }
 
-/* ---- instructions on general registers that Unicorn takes for SSE, and refuses while CR4.OSFXSR is clear */
-
-static bool is_vex(const struct instruction *instruction, bool long_mode)
-{
-    uint8_t byte = instruction->bytes[instruction->opcode];
-    return (byte == 0xc4 || byte == 0xc5) && (long_mode || instruction->bytes[instruction->opcode + 1] >= 0xc0);
-}
-
-/* VEX.0F38 F2, F3, F5, F6, F7 and VEX.0F3A F0: ANDN, BLSx, BZHI, PDEP, PEXT, MULX, BEXTR, SARX, SHLX, SHRX, RORX. */
-static bool is_bmi(const uint8_t *vex)
-{
-    unsigned map = vex[1] & 31;
-    if (vex[0] != 0xc4)
-        return false;
-    return map == 2 ? vex[3] == 0xf2 || vex[3] == 0xf3 || (vex[3] >= 0xf5 && vex[3] <= 0xf7) : map == 3 && vex[3] == 0xf0;
-}
-
-/* 0F38 F0, F1: MOVBE, CRC32; F6: ADCX, ADOX. 0F B8 with F3: POPCNT; 0F BC, BD: TZCNT, LZCNT; 0F C3: MOVNTI. */
-static bool is_general(const uint8_t *opcode)
-{
-    if (opcode[0] != 0x0f)
-        return false;
-    if (opcode[1] == 0x38)
-        return opcode[2] == 0xf0 || opcode[2] == 0xf1 || opcode[2] == 0xf6;
-    return opcode[1] == 0xb8 || opcode[1] == 0xbc || opcode[1] == 0xbd || opcode[1] == 0xc3;
-}
-
-/* Executes it as with OSFXSR; translations are told apart by hflags. False: it is none of these. */
-static bool at_least_sse(struct cpu *cpu, struct instruction *instruction, int *stop)
-{
-    struct env *env = cpu->at.env;
-    if (env->hflags & HF_OSFXSR || !fetch(cpu, instruction, instruction->opcode + 4u))
-        return false;
-    const uint8_t *opcode = &instruction->bytes[instruction->opcode];
-    if (!(is_vex(instruction, env->hflags & HF_CS64) ? is_bmi(opcode) : is_general(opcode)))
-        return false;
-    env->hflags |= HF_OSFXSR;
-    int code = cpu_step(cpu);
-    env->hflags &= ~(uint32_t)HF_OSFXSR;
-    *stop = code == UC_ERR_INSN_INVALID ? raise_in_guest(cpu, UD) : cpu_judge(cpu, code, true);
-    return true;
-}
-
-/* ---- */
-
 int guest_call(struct cpu *cpu)
 {
     struct instruction instruction;
-    int stop;
-    if (!decode(cpu, &instruction))
-        return raise_in_guest(cpu, UD);
-    call *found = find_call(cpu, &instruction);
-    if (found)
-        return found(cpu);
-    return at_least_sse(cpu, &instruction, &stop) ? stop : raise_in_guest(cpu, UD);
+    call *found = decode(cpu, &instruction) ? find_call(cpu, &instruction) : NULL;
+    return found ? found(cpu) : raise_in_guest(cpu, UD);
 }
 
 /* EAX and the flags that follow from it; the instruction is done. */

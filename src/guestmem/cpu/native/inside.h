@@ -38,7 +38,7 @@ enum { ES, CS, SS, DS, FS, GS };
 #define RFLAGS_AC (1ULL << 18)
 #define DR6_BS (1ULL << 14)
 
-enum { DB = 1, NMI = 2, BP = 3, OF = 4, UD = 6, DF = 8, TS = 10, NP = 11, SS_FAULT = 12, GP = 13, PF = 14, VC = 29 };
+enum { DB = 1, NMI = 2, BP = 3, OF = 4, UD = 6, NM = 7, DF = 8, TS = 10, NP = 11, SS_FAULT = 12, GP = 13, PF = 14, VC = 29 };
 enum { PF_PRESENT = 1, PF_WRITE = 2, PF_USER = 4, PF_RESERVED = 8, PF_FETCH = 16 };
 
 /* hflags: QEMU's digest of the mode. HF_GUEST and HF_IOBPT are ours: see run.c and port_io.c. */
@@ -331,6 +331,27 @@ void mmio_supply(struct cpu *cpu, uint64_t value);
 int mmio_next_write(struct cpu *cpu);    /* MMIO_WRITE with the oldest that was not reported, or NONE */
 void mmio_forget(struct cpu *cpu);
 void mmio_release(struct cpu *cpu);
+
+/* ---- decode.c */
+
+enum { INSTRUCTION_MAX = 15 };
+
+struct instruction {
+    uint8_t bytes[INSTRUCTION_MAX];
+    uint8_t got;    /* how many of them were read */
+    uint8_t opcode; /* where the prefixes end */
+    uint8_t repeat; /* F2, F3 or 0 */
+    bool operand_size, address_size;
+};
+
+/* False: it cannot be fetched (cpu->refused says why), or it is too long. */
+bool decode(struct cpu *cpu, struct instruction *instruction);                         /* prefixes, and a byte */
+bool decode_more(struct cpu *cpu, struct instruction *instruction, unsigned count);    /* the first `count` bytes */
+
+/* ---- general.c */
+
+bool is_refused_as_sse(struct cpu *cpu); /* what stands at RIP, of which it is no part */
+int step_as_general(struct cpu *cpu, int (*step)(struct cpu *cpu));
 
 /* ---- debug.c: what block->guest_debug asks for */
 

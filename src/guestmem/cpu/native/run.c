@@ -284,7 +284,11 @@ static int step_alone(struct cpu *cpu)
 
 int cpu_step(struct cpu *cpu)
 {
-    return locks_at_rip(cpu) ? step_alone(cpu) : step(cpu);
+    if (locks_at_rip(cpu))
+        return step_alone(cpu);
+    int code = step(cpu);
+    bool refused = code == UC_ERR_INSN_INVALID || (code == UC_ERR_EXCEPTION && cpu->exception == NM);
+    return refused && is_refused_as_sse(cpu) ? step_as_general(cpu, step) : code;
 }
 
 void sealed_pass(struct cpu *cpu)
@@ -387,6 +391,10 @@ static int after_exception(struct cpu *cpu, bool stepped)
     case VMEXIT + EXIT_WRITE_DR5:
     case VMEXIT + EXIT_WRITE_DR7:
         return write_dr7(cpu);
+    case NM:
+        if (!stepped && is_refused_as_sse(cpu))
+            return cpu_judge(cpu, cpu_step(cpu), true);
+        break;
     case DB:
         if (stepped) {
             trap_if_traced(cpu);
@@ -414,6 +422,8 @@ int cpu_judge(struct cpu *cpu, int code, bool stepped)
         stop_begin(cpu, CPU_STOP_HALT);
         return CPU_STOP_HALT;
     case UC_ERR_INSN_INVALID:
+        if (!stepped && is_refused_as_sse(cpu))
+            return cpu_judge(cpu, cpu_step(cpu), true);
         return guest_call(cpu);
     case UC_ERR_EXCEPTION:
         return after_exception(cpu, stepped);
