@@ -149,6 +149,8 @@ void ticker_enter(struct cpu *cpu)
 
 void ticker_leave(struct cpu *cpu)
 {
+    if (!cpu->place)
+        return;
     __atomic_store_n(&running[cpu->place - 1], NULL, __ATOMIC_SEQ_CST);
 }
 
