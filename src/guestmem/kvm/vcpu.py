@@ -42,6 +42,7 @@ from guestmem.uapi.kvm import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM, KVM_HC_MAP_GPA_
 
 _MEMORY_FAULTS = (errno.EFAULT, EHWPOISON)
 _U64 = 1 << 64
+GP_VECTOR = 13
 
 
 class Vcpu:
@@ -198,6 +199,13 @@ class Vcpu:
                 return MemoryFaultExit(stop.gpa & -PAGE_SIZE, PAGE_SIZE, private, refusal)
             case cpu.Left():
                 return LeftExit()
+            case cpu.SignalPending():
+                return InterruptedExit(by_signal=True)
+            case cpu.ReadMsr() | cpu.WriteMsr():
+                self.engine.raise_exception(GP_VECTOR, 0)
+                return None
+            case cpu.Debug():
+                return InternalErrorExit(stop.rip, "a debug exit that nobody asked for")
             case cpu.Failed():
                 return InternalErrorExit(stop.rip, stop.why)
             case FailEntryExit():

@@ -106,6 +106,9 @@ static void stack_away(void)
     sys(SYS_sigaltstack, &none, 0);
 }
 
+/* A fault that is blocked kills. */
+static const kernel_sigset raised = 1ULL << (SIGSEGV - 1) | 1ULL << (SIGBUS - 1);
+
 void faults_begin(void)
 {
     pthread_mutex_lock(&lock);
@@ -114,10 +117,12 @@ void faults_begin(void)
     __atomic_store_n(&ours, true, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&lock);
     stack_away();
+    sys(SYS_rt_sigprocmask, SIG_UNBLOCK, &raised, 0, sizeof(raised));
 }
 
 void faults_end(void)
 {
+    sys(SYS_rt_sigprocmask, SIG_BLOCK, &raised, 0, sizeof(raised));
     if (!(own_stack.ss_flags & (SS_DISABLE | SS_ONSTACK)))
         sys(SYS_sigaltstack, &own_stack, 0);
 }
