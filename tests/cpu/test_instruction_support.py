@@ -160,8 +160,8 @@ def test_at_the_end_of_the_last_page(engine: UnicornEngine, memory: Memory) -> N
 
 
 def test_a_form_that_there_is_not(engine: UnicornEngine, memory: Memory) -> None:
-    """VEX.0F38 F3 /0: BLSR is /1."""
-    start(engine, memory, bytes.fromhex("c4e278f307"), 0)
+    """SHLX with VEX.L."""
+    start(engine, memory, bytes.fromhex("c4e275f7c3"), 0)
     assert run(engine) == Halt()
     assert (engine.get_regs().rip, memory.word(STACK - 40)) == (HANDLER + 1, CODE)
 
