@@ -160,8 +160,8 @@ def test_at_the_end_of_the_last_page(engine: UnicornEngine, memory: Memory) -> N
 
 
 def test_a_form_that_there_is_not(engine: UnicornEngine, memory: Memory) -> None:
-    """VEX.66.0F38 F6: MULX has F2."""
-    start(engine, memory, bytes.fromhex("c4e271f607"), 0)
+    """SHLX with VEX.L."""
+    start(engine, memory, bytes.fromhex("c4e275f7c3"), 0)
     assert run(engine) == Halt()
     assert (engine.get_regs().rip, memory.word(STACK - 40)) == (HANDLER + 1, CODE)
 

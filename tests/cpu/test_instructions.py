@@ -6,9 +6,10 @@ import pytest
 
 from guestmem.cpu.engine import Halt, PortOut, Shutdown
 from guestmem.cpu.unicorn import UnicornEngine
-from tests.cpu.guests import CODE, Memory, assemble, run, start_long
+from tests.cpu.guests import CODE, STACK, Memory, assemble, run, start_long
 
 HLT = b"\xf4"
+IDT, HANDLER = 0x20000, 0x9000
 
 
 def test_cpuid(engine: UnicornEngine, memory: Memory) -> None:
@@ -53,11 +54,22 @@ def test_amd64_syscall_and_back(engine: UnicornEngine, memory: Memory) -> None:
     assert (sregs.cs.selector, sregs.cs.dpl, sregs.ss.selector, sregs.ss.dpl) == (8, 0, 16, 0)
 
 
-@pytest.mark.parametrize(("code", "length"), [(b"\xcc", 1), (b"\xcd\x03", 2)], ids=["int3", "int 3"])
-def test_fault_of_an_int_is_at_the_int(engine: UnicornEngine, memory: Memory, code: bytes, length: int) -> None:
-    """Without an IDT the delivery faults thrice; RIP of the state stays past the instruction that is complete."""
+@pytest.mark.parametrize("code", [b"\xcc", b"\xcd\x03"], ids=["int3", "int 3"])
+def test_fault_of_an_int_is_at_the_int(engine: UnicornEngine, memory: Memory, code: bytes) -> None:
+    """Its gate is not there: #GP with the gate's number, and the frame has RIP of the INT."""
     start_long(engine, memory, code)
-    assert engine._vcpu.instructions.linear_rip() == CODE
+    memory.write(HANDLER, b"\xf4")
+    memory.write(IDT + 13 * 16, (HANDLER | 8 << 16 | 0x8E << 40).to_bytes(16, "little"))
+    sregs = engine.get_sregs()
+    sregs.idt.base, sregs.idt.limit = IDT, 0xFFF
+    engine.set_sregs(sregs)
+    assert run(engine) == Halt()
+    assert (memory.word(STACK - 48), memory.word(STACK - 40)) == (3 * 8 + 2, CODE)
+
+
+@pytest.mark.parametrize(("code", "length"), [(b"\xcc", 1), (b"\xcd\x03", 2)], ids=["int3", "int 3"])
+def test_int_without_an_idt(engine: UnicornEngine, memory: Memory, code: bytes, length: int) -> None:
+    """A triple fault; RIP of the state stays past the instruction that is complete."""
+    start_long(engine, memory, code)
     assert run(engine) == Shutdown()
     assert engine.get_regs().rip == CODE + length
-    assert engine._vcpu.instructions.int_length(3) == length

@@ -1,7 +1,9 @@
 /* KVM_SET_GUEST_DEBUG: single steps and breakpoints for who debugs the guest from outside.
  *
- * While hardware breakpoints are armed each instruction is a step, and RIP is compared: Unicorn looks for the guest's own.
- * Source: Documentation/virt/kvm/api.rst KVM_SET_GUEST_DEBUG; arch/x86/kvm/vmx/vmx.c handle_exception_nmi. */
+ * While hardware breakpoints are armed each instruction is a step, in front of which RIP is compared, as Unicorn looks for
+ * the guest's own. A step ends behind an instruction, or at the first of the handler of what it raised. No breakpoints on
+ * data. Source: Documentation/virt/kvm/api.rst KVM_SET_GUEST_DEBUG; arch/x86/kvm/vmx/vmx.c handle_exception_nmi();
+ * arch/x86/kvm/x86.c kvm_vcpu_check_code_breakpoint(), kvm_check_and_inject_events(). */
 #include "inside.h"
 
 enum { DR6_FIXED = (int)0xffff0ff0 };
@@ -38,12 +40,25 @@ static uint64_t hits(const struct cpu *cpu)
     return found;
 }
 
+bool debug_blocks_interrupts(struct cpu *cpu)
+{
+    return wants(cpu, KVM_GUESTDBG_BLOCKIRQ);
+}
+
+/* RF lets an instruction happen on which a breakpoint was reported. */
+int debug_before_step(struct cpu *cpu)
+{
+    if (!wants(cpu, KVM_GUESTDBG_USE_HW_BP) || cpu->at.env->eflags & RFLAGS_RF)
+        return CPU_STOP_NONE;
+    uint64_t found = hits(cpu);
+    return found ? stop_debug(cpu, DB, linear_rip(cpu), (uint32_t)DR6_FIXED | found) : CPU_STOP_NONE;
+}
+
 int debug_after_step(struct cpu *cpu)
 {
-    uint64_t found = wants(cpu, KVM_GUESTDBG_USE_HW_BP) ? hits(cpu) : 0;
-    if (wants(cpu, KVM_GUESTDBG_SINGLESTEP))
-        found |= DR6_BS;
-    return found ? stop_debug(cpu, DB, linear_rip(cpu), (uint32_t)DR6_FIXED | found) : CPU_STOP_NONE;
+    if (!wants(cpu, KVM_GUESTDBG_SINGLESTEP))
+        return CPU_STOP_NONE;
+    return stop_debug(cpu, DB, linear_rip(cpu), (uint32_t)DR6_FIXED | DR6_BS);
 }
 
 /* INT3 is the debugger's, and has not happened. */

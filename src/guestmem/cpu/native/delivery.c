@@ -381,12 +381,19 @@ static int unsupported(struct cpu *cpu, const struct delivery *d)
     return stop_failed(cpu, why);
 }
 
+/* #BP and #OF that who steers injects are for the INT3 or INTO at RIP, and their frames have the next instruction. Source:
+ * arch/x86/kvm/vmx/vmx.c vmx_inject_exception(), kvm_exception_is_soft(). */
+static unsigned injected_length(const struct event *event)
+{
+    return event_is_exception(event) && (event->vector == BP || event->vector == OF);
+}
+
 int deliver(struct cpu *cpu)
 {
     struct event event = cpu->pending;
     uint64_t rip = cpu->at.env->eip;
     for (;;) {
-        struct delivery d = {.cpu = cpu, .event = &event, .rip = rip};
+        struct delivery d = {.cpu = cpu, .event = &event, .rip = rip + injected_length(&event)};
         if (event.vector == PF && event_is_exception(&event))
             cpu->at.env->cr[2] = event.address;
         switch (deliver_once(&d)) {

@@ -356,7 +356,9 @@ int step_as_general(struct cpu *cpu, int (*step)(struct cpu *cpu));
 /* ---- debug.c: what block->guest_debug asks for */
 
 bool debug_wants_step(struct cpu *cpu);
-int debug_after_step(struct cpu *cpu);     /* the stop or NONE */
+bool debug_blocks_interrupts(struct cpu *cpu);
+int debug_before_step(struct cpu *cpu);    /* the stop or NONE */
+int debug_after_step(struct cpu *cpu);     /* of an instruction, or of a delivery */
 int debug_before_delivery(struct cpu *cpu); /* of cpu->pending; the stop or NONE */
 
 /* ---- atomic.c */

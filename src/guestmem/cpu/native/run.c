@@ -453,6 +453,8 @@ static bool is_open(const struct cpu *cpu)
     return cpu->at.env->eflags & RFLAGS_IF && !(cpu->at.env->hflags & HF_INHIBIT_IRQ);
 }
 
+static int advance_debugged(struct cpu *cpu);
+
 static int advance_interrupted(struct cpu *cpu)
 {
     struct env *env = cpu->at.env;
@@ -469,6 +471,8 @@ static int advance_interrupted(struct cpu *cpu)
         stop_begin(cpu, CPU_STOP_WINDOW);
         return CPU_STOP_WINDOW;
     }
+    if (debug_wants_step(cpu))
+        return advance_debugged(cpu);
     if (cpu->nmi && !(env->hflags2 & HF2_NMI)) /* only the shadow keeps it off: one instruction, and it is taken */
         return cpu_judge(cpu, cpu_step(cpu), true);
     if (cpu->nmi)
@@ -486,17 +490,32 @@ static int advance_interrupted(struct cpu *cpu)
 static int deliver_pending(struct cpu *cpu)
 {
     int stop = debug_before_delivery(cpu);
-    if (stop == CPU_STOP_NONE && cpu->pending.present) {
-        cpu->block->deliveries++;
-        stop = deliver(cpu);
-    }
-    return stop;
+    if (stop != CPU_STOP_NONE)
+        return stop;
+    cpu->block->deliveries++;
+    stop = deliver(cpu);
+    return stop == CPU_STOP_NONE ? debug_after_step(cpu) : stop;
+}
+
+/* An instruction that raises an exception is not done before the exception is delivered, and one that was refused is repeated. */
+static int after_debugged(struct cpu *cpu, int stop)
+{
+    bool done = !cpu->pending.present && !cpu->mmio.active && cpu->refused.why == NOT_REFUSED;
+    return stop == CPU_STOP_NONE && done ? debug_after_step(cpu) : stop;
 }
 
 static int advance_debugged(struct cpu *cpu)
 {
-    int stop = cpu_judge(cpu, cpu_step(cpu), true);
-    return stop == CPU_STOP_NONE ? debug_after_step(cpu) : stop;
+    int stop = debug_before_step(cpu);
+    if (stop != CPU_STOP_NONE)
+        return stop;
+    int code = cpu_step(cpu);
+    return code == NOT_STEPPED ? CPU_STOP_NONE : after_debugged(cpu, cpu_judge(cpu, code, true));
+}
+
+static bool waits_for_moment(const struct cpu *cpu)
+{
+    return cpu->interrupt >= 0 || cpu->nmi || cpu->block->request_interrupt_window;
 }
 
 static int advance(struct cpu *cpu)
@@ -504,9 +523,9 @@ static int advance(struct cpu *cpu)
     if (cpu->pending.present)
         return deliver_pending(cpu);
     if (cpu->mmio.active)
-        return mmio_advance(cpu);
+        return after_debugged(cpu, mmio_advance(cpu));
     mmio_release(cpu);
-    if (cpu->interrupt >= 0 || cpu->nmi || cpu->block->request_interrupt_window)
+    if (waits_for_moment(cpu) && !debug_blocks_interrupts(cpu))
         return advance_interrupted(cpu);
     if (debug_wants_step(cpu))
         return advance_debugged(cpu);
