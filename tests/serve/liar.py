@@ -7,6 +7,8 @@ import random
 import socket
 import struct
 
+from guestmem.serve.wire import VERSION
+
 REQUEST = struct.Struct("<IIQQQQQ")
 HELLO, OPEN, IDENTIFY, IOCTL, UPCALL_DONE = 1, 2, 3, 4, 17
 EXTREMES = (0, 1, 4095, 4096, 1 << 31, 1 << 32, (1 << 47) - 4096, 1 << 47, 1 << 63, (1 << 64) - 1)
@@ -19,7 +21,7 @@ def connect() -> socket.socket:
     return channel
 
 
-def hello(channel: socket.socket, version: int = 1, number: int = 0) -> None:
+def hello(channel: socket.socket, version: int = VERSION, number: int = 0) -> None:
     channel.send(REQUEST.pack(HELLO, 0, 0, version, 0, number, 0))
     channel.recv(1 << 16)
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.serve.conftest import SECONDS, Done
 
-NATIVE = ("gmem_v618", "misuse", "machine")
+NATIVE = ("gmem_v618", "misuse", "machine", "user_memory")
 PROTECTED = ("snp", "snp_ap", "tdx")
 OURS = (
     ("gmem_v618", "v6.18"),
@@ -22,6 +22,8 @@ OURS = (
     ("misuse", "future"),
     ("machine", "v6.18"),
     ("machine", "future"),
+    ("user_memory", "v6.18"),
+    ("user_memory", "future"),
     ("borders", "future"),
     ("links", "future"),
     ("snp", "future"),

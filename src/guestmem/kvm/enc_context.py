@@ -83,6 +83,8 @@ async def _move(kvm: Kvm, source: Kvm) -> None:
     looked up under it before is not installed afterwards.
     """
     source.dead = True
+    if source.stage2.remote is not None:
+        source.stage2.remote.review()
     async with source.stage2.mmu_lock:
         source.stage2.window.sequence.bump()
         source.stage2.zap(Range(Gfn(0), Gfn(source.attributes.count)), BOTH)

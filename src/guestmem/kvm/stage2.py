@@ -50,6 +50,14 @@ class RemoteTlbs(Protocol):
         """Returns when no vCPU can reach what was dropped before the call. Source: kvm_flush_remote_tlbs."""
         ...
 
+    def review(self) -> None:
+        """Something of the VM has changed that its vCPUs may have to ask about."""
+        ...
+
+    def close(self) -> None:
+        """The VM is no more."""
+        ...
+
     async def forget(self, inode: Inode) -> None:
         """A view of the inode goes; nothing of it is mapped any more."""
         ...

@@ -292,7 +292,9 @@ class Kvm:
         self.vcpus.clear()
         for device in self.io_devices:
             device.close()
-        self.stage2.remote = None
+        if self.stage2.remote is not None:
+            self.stage2.remote.close()
+            self.stage2.remote = None
         for table in self.stage2.tables.values():
             table.zap(Range(Gfn(0), Gfn(self.attributes.count)))
         self.destroyed = True

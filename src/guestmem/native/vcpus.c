@@ -321,13 +321,15 @@ static long run_by_server(struct vcpu *vcpu, const struct file *file, uintptr_t 
 
 long vcpu_run(const struct file *file, uintptr_t argument)
 {
+    struct thread *self = thread_self();
+    kernel_sigset old = signals_block(); /* from here on a signal ends the run */
+    call_finish_waiting(self);
     int error = 0;
     struct vcpu *vcpu = vcpu_of(file->id, &error);
-    if (!vcpu)
+    if (!vcpu) {
+        signals_restore(old);
         return -error;
-    struct thread *self = thread_self();
-    kernel_sigset old = signals_block();
-    call_finish_waiting(self);
+    }
     vcpu_lock(vcpu);
     self->ends_by = ~run_mask(file->id, old);
     bool stopped = false;

@@ -102,7 +102,11 @@ class ClientCpus:
             frames, self._frames, zaps, self._zaps = self._frames, [], self._zaps, []
             await self._send(target, frames, zaps)
             self._flushed = max(self._flushed, target)
-        await park(Operation("remote flush", self.kvm.number, lambda: self._flushed >= target or not self.client.alive))
+        if not self._has_flushed(target):  # who took the last ones has not come back yet
+            await park(Operation("remote flush", self.kvm.number, lambda: self._has_flushed(target)))
+
+    def _has_flushed(self, generation: int) -> bool:
+        return self._flushed >= generation or not self.client.alive
 
     async def _send(self, generation: int, frames: list[tuple[int, int, int]], zaps: list[tuple[int, int]]) -> None:
         while frames or zaps:
@@ -124,6 +128,12 @@ class ClientCpus:
                 await self.client.upcall(Upcall.UNALIAS, a=alias.base, b=alias.size)
             except ClientGone:
                 return
+
+    def review(self) -> None:
+        """Something of the VM has changed that its vCPUs may have to ask about."""
+        for vcpu in self.kvm.vcpus.values():
+            if isinstance(vcpu.engine, ClientCpu):
+                vcpu.engine.allow_direct()
 
     # Leaves
 
@@ -162,7 +172,10 @@ class ClientCpus:
         assert isinstance(backing, MemfdBacking)
         base, size = found.window
         offset = slot.index_of(gfn_of(gpa)) << PAGE_SHIFT >> WINDOW_SHIFT << WINDOW_SHIFT
-        result = await self.client.upcall(Upcall.ALIAS, a=offset, b=size, fds=(backing.memory_fd,))
+        try:
+            result = await self.client.upcall(Upcall.ALIAS, a=offset, b=size, fds=(backing.memory_fd,))
+        except ClientGone:
+            raise Refusal(errno.EINTR, "run.interrupted", vm=self.kvm.number) from None
         if result.error:
             raise Refusal(errno.ENOMEM, "vcpu.alias", vm=self.kvm.number, size=size, host_errno=result.error)
         guarded = not isinstance(backing, HugetlbBacking)
@@ -258,6 +271,8 @@ class ClientCpu(BlockState, RemoteEngine):
         self.inside = True
         try:
             result = await call.channel.upcall(Upcall.ENTER, payload)
+        except ClientGone:
+            raise Refusal(errno.EINTR, "run.interrupted", vcpu=self.file.vcpu.number) from None
         finally:
             self.inside = False
         if result.error:
@@ -288,8 +303,9 @@ class ClientCpu(BlockState, RemoteEngine):
         return int.from_bytes(self._shared[_DIRECT_EXITS_AT : _DIRECT_EXITS_AT + 8], "little")
 
     def allow_direct(self) -> None:
-        """At the end of a KVM_RUN: the next one need not ask, unless something of this one is left."""
-        assert self.file is not None
+        """The next KVM_RUN need not ask, unless something of the last is left, or its VM has what must be asked."""
+        if self.file is None:
+            return
         left = self.came_with_stop or self.file.vcpu.unanswered is not None
         self.set_direct(not left and self._may_be_direct())
 
@@ -335,3 +351,5 @@ class ClientCpu(BlockState, RemoteEngine):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+            self.close_block()
+            self._shared.close()

@@ -41,7 +41,10 @@ async def ioctl(call: Call) -> int:
             return await _look_up(system_ioctls.TABLE, request, "/dev/kvm")(call, argument)
         case VmFile():
             _check_owner(call, file.kvm)
-            return await _look_up(vm_ioctls.TABLE, request, "VM")(call, argument)
+            result = await _look_up(vm_ioctls.TABLE, request, "VM")(call, argument)
+            if file.kvm.stage2.remote is not None:
+                file.kvm.stage2.remote.review()
+            return result
         case VcpuFile():
             _check_owner(call, file.vcpu.kvm)
             return await _look_up(vcpu_ioctls.TABLE, request, "vCPU")(call, argument)

@@ -20,7 +20,7 @@ from guestmem.iommu.vfio import VfioDevice
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.kvm.vm import Kvm
 from guestmem.memory import PAGE_SIZE, File, InodeStatistics, MemfdBacking
-from guestmem.serve.client_cpus import ClientCpu
+from guestmem.serve.client_cpus import ClientCpu, ClientCpus
 from guestmem.serve.gmem_mappings import GmemMappings
 from guestmem.serve.kvm_run import CoalescedRing, KvmRun
 from guestmem.serve.views import Views, file_id
@@ -60,6 +60,8 @@ class VmFile(ServedFile):
         super().__init__(owner)
         self.kvm = kvm
         self.ring = CoalescedRing()
+        if owner.runs_vcpus:
+            kvm.stage2.remote = ClientCpus(owner, kvm)
 
     async def release(self) -> None:
         await self.kvm.put()

@@ -15,7 +15,6 @@ from guestmem.kvm.protected.snp_op import SUPPORTED_POLICY_BITS, SUPPORTED_VMSA_
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, kvm_run
 from guestmem.serve.call import Call
-from guestmem.serve.client_cpus import ClientCpus
 from guestmem.serve.cpuid_list import write_cpuid
 from guestmem.serve.files import VmFile
 from guestmem.trace import Refusal
@@ -39,8 +38,6 @@ async def _create_vm(call: Call, vm_type: int) -> int:
         raise Refusal(errno.EINVAL, "create_vm.type", type=vm_type)
     call.server.vms_created += 1
     kvm = Kvm(host.environment, call.server.vms_created, VmType(vm_type), host.level, call.client.memory)
-    if call.client.runs_vcpus:
-        kvm.stage2.remote = ClientCpus(call.client, kvm)
     return call.give(call.server.add_token(VmFile(call.client, kvm)))
 
 

@@ -50,22 +50,15 @@ enum {
     OVERLAY_PAGE,
     UNCOVER_PAGE,
     FD_FACTS,
-    WATCH_PAGE,
-    NOTED,
+    NOTED = FD_FACTS + 2,
     DELAY,
     HELLOS,
     END,
 };
 #define CREATE_GMEM 0xC040AED4UL
-#define SET_REGION 0x4020AE46UL
 #define SET_REGS 0x4090AE82UL
 #define GET_REGS 0x8090AE81UL
 #define SET_SIGNAL_MASK 0x4004AE8BUL
-
-struct region {
-    uint32_t slot, flags;
-    uint64_t gpa, size, address;
-};
 
 struct test {
     const char *name;

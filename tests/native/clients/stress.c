@@ -37,15 +37,6 @@ static void use_memory(void)
     CHECK(moved != MAP_FAILED && moved[2 * PAGE] == 1 && !munmap(moved, 8 * PAGE));
 }
 
-static void use_memslot(void)
-{
-    struct region region = {.size = 4 * PAGE};
-    char *memory = mmap(0, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    memory[PAGE] = 5;
-    region.address = (uintptr_t)memory;
-    CHECK(!ioctl(vm, SET_REGION, &region) && memory[PAGE] == 5 && !munmap(memory, 4 * PAGE));
-}
-
 static void use_child(void)
 {
     int status;
@@ -60,10 +51,10 @@ static void use_child(void)
 
 static void *work(void *argument)
 {
-    static void (*const all[])(void) = {use_files, use_memory, use_memslot, use_child};
+    static void (*const all[])(void) = {use_files, use_memory, use_child};
     unsigned seed = (unsigned)(uintptr_t)argument;
     while (!stop) {
-        all[rand_r(&seed) % 4]();
+        all[rand_r(&seed) % 3]();
         __atomic_add_fetch(&done, 1, __ATOMIC_RELAXED);
     }
     return NULL;
