@@ -525,6 +525,7 @@ static int advance(struct cpu *cpu)
     if (cpu->mmio.active)
         return after_debugged(cpu, mmio_advance(cpu));
     mmio_release(cpu);
+    debug_release(cpu);
     if (waits_for_moment(cpu) && !debug_blocks_interrupts(cpu))
         return advance_interrupted(cpu);
     if (debug_wants_step(cpu))
