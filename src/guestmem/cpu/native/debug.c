@@ -1,9 +1,10 @@
 /* KVM_SET_GUEST_DEBUG: single steps and breakpoints for who debugs the guest from outside.
  *
  * While hardware breakpoints are armed each instruction is a step, in front of which RIP is compared, as Unicorn looks for
- * the guest's own. A step ends behind an instruction, or at the first of the handler of what it raised. Breakpoints on
- * data see what instructions access, and not what the CPU itself does, as frames of exceptions. Source: Documentation/virt/kvm/api.rst KVM_SET_GUEST_DEBUG; arch/x86/kvm/vmx/vmx.c handle_exception_nmi();
- * arch/x86/kvm/x86.c kvm_vcpu_check_code_breakpoint(), kvm_check_and_inject_events(). */
+ * the guest's own. A step ends behind an instruction, or at the first of the handler of what it raised. Breakpoints on data
+ * see what instructions access, and not what the CPU itself does, as frames of exceptions. Source:
+ * Documentation/virt/kvm/api.rst KVM_SET_GUEST_DEBUG; arch/x86/kvm/vmx/vmx.c handle_exception_nmi(); arch/x86/kvm/x86.c
+ * kvm_vcpu_check_code_breakpoint(), kvm_check_and_inject_events(). */
 #include "inside.h"
 
 enum { DR6_FIXED = (int)0xffff0ff0 };

@@ -497,7 +497,7 @@ static int deliver_pending(struct cpu *cpu)
     return stop == CPU_STOP_NONE ? debug_after_step(cpu) : stop;
 }
 
-/* An instruction that raises an exception is not done before the exception is delivered, and one that was refused is repeated. */
+/* An instruction that raises an exception is not done before that is delivered, and one that was refused is repeated. */
 static int after_debugged(struct cpu *cpu, int stop)
 {
     bool done = !cpu->pending.present && !cpu->mmio.active && cpu->refused.why == NOT_REFUSED;
