@@ -1,4 +1,7 @@
-"""What KVM_SET_GUEST_DEBUG asks of the CPU. Source of the bits: Documentation/virt/kvm/api.rst, Intel SDM vol. 3, 19.2."""
+"""What KVM_SET_GUEST_DEBUG asks of the CPU.
+
+Source: Documentation/virt/kvm/api.rst, Intel SDM vol. 3, 19.2.
+"""
 
 from __future__ import annotations
 
@@ -181,3 +184,53 @@ def test_a_loop_is_fast_enough(engine: UnicornEngine, memory: Memory) -> None:
     start(engine, memory, b"\xff\xc9\x75\xfc" + NOP + HLT, rcx=5000)  # dec ecx; jnz back
     engine.set_guest_debug(ENABLE | HW_BP, breakpoints(CODE + 4))
     assert run(engine) == Debug(1, CODE + 4, DR6 | 1, breakpoints(CODE + 4)[7])
+
+
+WRITE, ACCESS = 1, 3
+BYTES = {1: 0, 2: 1, 4: 3, 8: 2}
+
+
+def watchpoint(address: int, kind: int, size: int) -> tuple[int, ...]:
+    return address, *(0,) * 6, DR7 | 2 | kind << 16 | BYTES[size] << 18
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "size", "hit"),
+    [
+        (b"\x89\x07", WRITE, 4, True),  # mov [rdi], eax
+        (b"\x89\x07", ACCESS, 4, True),
+        (b"\x8b\x07", WRITE, 4, False),  # mov eax, [rdi]
+        (b"\x8b\x07", ACCESS, 4, True),
+        (b"\x89\x47\xfd", WRITE, 1, True),  # from 3 bytes below
+        (b"\x89\x47\xfc", WRITE, 1, False),
+        (b"\x89\x47\x07", WRITE, 8, True),
+        (b"\x89\x47\x08", WRITE, 8, False),
+        (b"\x01\x07", WRITE, 2, True),  # add [rdi], eax
+    ],
+)
+def test_breakpoints_on_data(
+    engine: UnicornEngine, memory: Memory, code: bytes, kind: int, size: int, hit: bool
+) -> None:
+    """Behind the instruction, which is done. What was executed before is watched as well."""
+    start(engine, memory, code + HLT, rdi=DATA + 0x100, rax=7)
+    assert run(engine) == Halt()
+    engine.set_regs(dataclasses.replace(engine.get_regs(), rip=CODE, rax=7))
+    registers = watchpoint(DATA + 0x100, kind, size)
+    engine.set_guest_debug(ENABLE | HW_BP, registers)
+    if hit:
+        assert run(engine) == Debug(1, CODE + len(code), DR6 | 1, registers[7])
+    assert run(engine) == Halt()
+    engine.set_guest_debug(0)
+    engine.set_regs(dataclasses.replace(engine.get_regs(), rip=CODE))
+    assert run(engine) == Halt()
+
+
+def test_a_breakpoint_on_a_page_that_is_missed(engine: UnicornEngine, memory: Memory) -> None:
+    start(engine, memory, b"\x89\x07\x89\x07" + HLT, rdi=DATA + PAGE)
+    memory.denied.add(DATA // PAGE + 1)
+    registers = watchpoint(DATA + PAGE, WRITE, 4)
+    engine.set_guest_debug(ENABLE | HW_BP, registers)
+    assert run(engine) == Stage2Miss(DATA + PAGE, write=True)
+    memory.denied.clear()
+    assert [run(engine) for _ in range(2)] == [Debug(1, CODE + i, DR6 | 1, registers[7]) for i in (2, 4)]
+    assert run(engine) == Halt()

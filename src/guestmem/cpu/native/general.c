@@ -1,6 +1,6 @@
-/* Instructions on general registers that Unicorn takes for SSE, as they stand in the same opcode maps: with CR0.TS it raises #NM,
- * with CR0.EM or without CR4.OSFXSR some are #UD. They are stepped in a mode in which SSE would be allowed; translations are
- * told apart by it. Source: QEMU 5.0 target/i386/translate.c gen_sse(); Intel SDM vol. 2, "Exceptions" of each. */
+/* Instructions on general registers that Unicorn takes for SSE, as they stand in the same opcode maps: with CR0.TS it raises
+ * #NM, with CR0.EM or without CR4.OSFXSR some are #UD. They are stepped in a mode in which SSE would be allowed; translations
+ * are told apart by it. Source: QEMU 5.0 target/i386/translate.c gen_sse(); Intel SDM vol. 2, "Exceptions" of each. */
 #include "inside.h"
 
 enum { HF_EM = 1 << 10, HF_TS = 1 << 11, SSE_MODE = HF_EM | HF_TS | HF_OSFXSR };

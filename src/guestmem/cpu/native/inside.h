@@ -162,6 +162,9 @@ struct cpu {
     int interrupt;              /* vector that waits, or -1 */
     bool nmi;                   /* an NMI waits */
     bool debug_step;            /* guest_debug wants single steps */
+    uc_hook watch;              /* of breakpoints on data, if watching: debug.c */
+    bool watching;
+    uint8_t watch_hits;         /* which the instruction has touched */
     int next_stop;              /* what settling met, for the next run; CPU_STOP_NONE */
     struct port_io port;
     struct mmio mmio;
@@ -357,6 +360,7 @@ int step_as_general(struct cpu *cpu, int (*step)(struct cpu *cpu));
 
 bool debug_wants_step(struct cpu *cpu);
 bool debug_blocks_interrupts(struct cpu *cpu);
+void debug_release(struct cpu *cpu);       /* no step follows */
 int debug_before_step(struct cpu *cpu);    /* the stop or NONE */
 int debug_after_step(struct cpu *cpu);     /* of an instruction, or of a delivery */
 int debug_before_delivery(struct cpu *cpu); /* of cpu->pending; the stop or NONE */

@@ -267,7 +267,7 @@ static int take_values(struct cpu *cpu)
     do
         stop = cpu_judge(cpu, cpu_step(cpu), true);
     while (stop == CPU_STOP_NONE && !cpu->pending.present && is_supplied(cpu, cpu->at.env->eip));
-    if (stop != CPU_STOP_MISS)
+    if (stop != CPU_STOP_MISS && stop != CPU_STOP_HOST_FAULT)
         io->supply_end = 0;
     return stop;
 }

@@ -497,7 +497,7 @@ static int deliver_pending(struct cpu *cpu)
     return stop == CPU_STOP_NONE ? debug_after_step(cpu) : stop;
 }
 
-/* An instruction that raises an exception is not done before the exception is delivered, and one that was refused is repeated. */
+/* An instruction that raises an exception is not done before that is delivered, and one that was refused is repeated. */
 static int after_debugged(struct cpu *cpu, int stop)
 {
     bool done = !cpu->pending.present && !cpu->mmio.active && cpu->refused.why == NOT_REFUSED;
@@ -525,6 +525,7 @@ static int advance(struct cpu *cpu)
     if (cpu->mmio.active)
         return after_debugged(cpu, mmio_advance(cpu));
     mmio_release(cpu);
+    debug_release(cpu);
     if (waits_for_moment(cpu) && !debug_blocks_interrupts(cpu))
         return advance_interrupted(cpu);
     if (debug_wants_step(cpu))
