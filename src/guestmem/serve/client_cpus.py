@@ -189,7 +189,7 @@ class ClientCpus:
         """The VM is no more: its vCPUs' memory in the client goes, by itself."""
         server = self.client.server
         if self.client.alive and self.client.helper is not None:
-            server.scheduler.begin(self._forget_all(), "vCPUs forgotten")
+            server.scheduler.spawn(self._forget_all(), "vCPUs forgotten")
 
     async def _forget_all(self) -> None:
         try:
