@@ -300,11 +300,10 @@ class Vm:
         if gmem is not None:
             flags |= uapi.KVM_MEM_GUEST_MEMFD
         fd = gmem.fd if gmem is not None else -1
-        reserved = [0] * 15
+        region = Region2(slot, flags, gpa, size, memory.hva if memory else 0, offset, fd)
         if userfault_bitmap is not None:
-            flags |= self.kvm.level.region_flags.get("USERFAULT", uapi.KVM_MEM_USERFAULT)
-            reserved[1] = userfault_bitmap.hva
-        region = Region2(slot, flags, gpa, size, memory.hva if memory else 0, offset, fd, tuple(reserved))
+            flag = self.kvm.level.region_flags.get("USERFAULT", uapi.KVM_MEM_USERFAULT)
+            region = region.with_userfault(flag, userfault_bitmap.hva)
         self.host.run(set_user_memory_region2(self.kvm, self.host.process.fds, region), "set region")
 
     def set_attributes(self, gpa: int, size: int, access: Access) -> None:

@@ -215,12 +215,23 @@ class Machine(Host):
 
         return fail()
 
-    def bind(self, gmem: Gmem, slot: int, gpa: int, page: int = 0, pages: int = 1, vm: Vm | None = None) -> Call:
-        """KVM_SET_USER_MEMORY_REGION2 with a guest_memfd."""
+    def bind(
+        self,
+        gmem: Gmem,
+        slot: int,
+        gpa: int,
+        page: int = 0,
+        pages: int = 1,
+        vm: Vm | None = None,
+        missing: View | None = None,
+    ) -> Call:
+        """KVM_SET_USER_MEMORY_REGION2 with a guest_memfd; `missing` is a bitmap for KVM Userfault."""
         size, offset = pages * PAGE_SIZE, page * PAGE_SIZE
         region = UserspaceMemoryRegion2(
             slot, KVM_MEM_GUEST_MEMFD, gpa, size, guest_memfd_offset=offset, guest_memfd=gmem.fd
         )
+        if missing is not None:
+            region = region.with_userfault((vm or self.vm()).kvm.level.region_flags["USERFAULT"], missing.hva)
         return self.set_region(region, vm)
 
     def plain_slot(self, view: View, slot: int, gpa: int, pages: int = 1, flags: int = 0, vm: Vm | None = None) -> Call:

@@ -41,7 +41,7 @@ async def check(kvm: Kvm, slot: MemorySlot, gfn: Gfn) -> None:
 
 
 async def change(kvm: Kvm, slot: MemorySlot, flags: int, bitmap: int | None) -> None:
-    """Turn it on, off, or to another bitmap, on a slot that exists. slots_lock held.
+    """Turn it on or off on a slot that exists. slots_lock held.
 
     Turned on, all of the slot is unmapped once nobody is left who read the slot without a bitmap. Turned off nothing
     is: what is mapped was brought. Source: kvm_arch_commit_memory_region, kvm_arch_userfault_enabled.

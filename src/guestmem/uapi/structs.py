@@ -95,6 +95,11 @@ class UserspaceMemoryRegion2(Argument):
         """The first word of pad2, where KVM Userfault (v3) has an address of the caller's."""
         return self.reserved[1]
 
+    def with_userfault(self, flag: int, bitmap: int) -> UserspaceMemoryRegion2:
+        """The same with KVM_MEM_USERFAULT, which is `flag` where it is posted, and a bitmap at that address."""
+        reserved = (self.reserved[0], bitmap, *self.reserved[2:])
+        return dataclasses.replace(self, flags=self.flags | flag, reserved=reserved)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryAttributes(Argument):
