@@ -1,9 +1,11 @@
-"""The lookup, and what the engine takes from the table."""
+"""The lookup, in Python and by the guest."""
 
 from __future__ import annotations
 
-from guestmem.cpu.cpuid import DEFAULT_CPUID, default, lookup, physical_bits
-from guestmem.cpu.engine import PageBit
+from guestmem.cpu.cpuid import DEFAULT_CPUID, default, lookup
+from guestmem.cpu.engine import Halt, PageBit
+from guestmem.cpu.unicorn import UnicornEngine
+from tests.cpu.guests import Memory, run, start_long
 
 
 def test_default() -> None:
@@ -21,9 +23,18 @@ def test_subleaves() -> None:
     assert lookup(table, 2, 0) == (0, 0, 0, 0)
 
 
-def test_physical_bits() -> None:
-    assert physical_bits({}) == 52
-    assert physical_bits({(0x8000_0008, 0): (0x3028, 0, 0, 0)}) == 40
+def test_the_guest_finds_what_the_lookup_says(engine: UnicornEngine, memory: Memory) -> None:
+    table = DEFAULT_CPUID | {(leaf, index): (leaf, index, 3, 4) for leaf in (2, 7, 0x23, 0x24) for index in (0, 1, 3)}
+    engine.set_cpuid(table)
+    for leaf in (0, 1, 2, 7, 0x23, 0x24, 0x99):
+        for index in range(5):
+            start_long(engine, memory, b"\x0f\xa2\xf4")
+            regs = engine.get_regs()
+            regs.rax, regs.rcx = leaf, index
+            engine.set_regs(regs)
+            assert run(engine) == Halt()
+            regs = engine.get_regs()
+            assert (regs.rax, regs.rbx, regs.rcx, regs.rdx) == lookup(table, leaf, index)
 
 
 def test_an_snp_guest_finds_its_c_bit() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from guestmem.cpu import block as b
-from guestmem.cpu.engine import Debug, Halt, PortOut
+from guestmem.cpu.engine import Debug, Halt, MmioRead, MmioWrite, PortOut, Stage2Miss
 from guestmem.cpu.registers import DebugRegisters
 from guestmem.cpu.unicorn import UnicornEngine
-from tests.cpu.guests import CODE, DATA, Memory, assemble, run, start_long
+from tests.cpu.guests import CODE, DATA, PAGE, Memory, assemble, run, start_long
 
+DEVICE = 0x200000
 ENABLE, SINGLESTEP, SW_BP, HW_BP = 1, 2, 1 << 16, 1 << 17
 SOURCE = f"mov eax, 1; inc eax; out 0x80, al; mov [{DATA}], eax; mov ecx, [{DATA}]; hlt"
 CODE_BYTES = assemble(SOURCE)
@@ -15,10 +15,7 @@ CODE_BYTES = assemble(SOURCE)
 
 def debug(engine: UnicornEngine, control: int, *registers: int) -> None:
     """Registers are DR0 to DR3 and DR7."""
-    asked = engine.block.guest_debug
-    asked.control = control
-    asked.debugreg[:] = [*registers[:4], 0, 0, 0, registers[4]] if registers else [0] * 8
-    engine.block.dirty |= b.CONTROL
+    engine.set_guest_debug(control, (*registers[:4], 0, 0, 0, registers[4]) if registers else (0,) * 8)
 
 
 def test_each_instruction(engine: UnicornEngine, memory: Memory) -> None:
@@ -63,6 +60,29 @@ def test_breakpoint_and_watchpoint(engine: UnicornEngine, memory: Memory) -> Non
     assert engine.get_debug_registers() == DebugRegisters((1, 2, 3, 4), 0xFFFF0FF0, 0x400)
     debug(engine, 0)
     assert run(engine) == Halt()
+
+
+def test_watchpoint_of_an_instruction_that_uses_mmio(engine: UnicornEngine, memory: Memory) -> None:
+    """The device is accessed once, at its own address, and the trap comes after it."""
+    memory.denied.add(DEVICE // PAGE)
+    for code, source, target in ((b"\xa7", DEVICE, DATA), (b"\xa5", DEVICE, DATA), (b"\xa5", DATA, DEVICE)):
+        start_long(engine, memory, code + b"\xf4")
+        memory.set_word(DATA, 0x1234, 4)
+        regs = engine.get_regs()
+        regs.rsi, regs.rdi = source, target
+        engine.set_regs(regs)
+        debug(engine, ENABLE | HW_BP, DATA, 0, 0, 0, 1 | 0xF << 16)
+        assert isinstance(run(engine), Stage2Miss)
+        stop = engine.emulate_mmio(DEVICE, target == DEVICE)
+        if source == DEVICE:
+            assert stop == MmioRead(DEVICE, 4)
+            engine.complete(0x1234)
+            stop = run(engine)
+        assert isinstance(stop, Debug) and (stop.rip, stop.dr6 & 15) == (CODE + 1, 1)
+        if target == DEVICE:
+            assert run(engine) == MmioWrite(DEVICE, 4, 0x1234)
+        assert run(engine) == Halt()
+        assert engine.get_regs().rflags & 1 << 6 == (1 << 6 if code == b"\xa7" else 0)
 
 
 def test_the_guests_own_breakpoint_on_data(engine: UnicornEngine, memory: Memory) -> None:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from guestmem.cpu.engine import Halt, HostFault, PortOut, SliceOver, Translation
+from guestmem.cpu.engine import Halt, HostFault, MmioRead, PortOut, SliceOver, Translation
 from guestmem.cpu.registers import DescriptorTable, Regs
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, PAGE, SIZE, TABLES, Memory, assemble, run, start_long
@@ -133,6 +133,21 @@ def test_memory_that_may_only_be_read(engine: UnicornEngine, memory: Fragile) ->
     assert run(engine) == HostFault(memory.base, FAR, True)
     memory.protect(mmap.PROT_READ | mmap.PROT_WRITE)
     assert run(engine) == Halt()
+
+
+def test_instruction_that_uses_mmio_as_well(engine: UnicornEngine, memory: Fragile) -> None:
+    """The device is read once; the fault is at the store, which happens with the value when the memory is back."""
+    device = 0x200000
+    memory.denied.add(device // PAGE)
+    begin(engine, memory, b"\xa5" + HLT, rsi=device + 8, rdi=FAR + 16)  # movsd
+    memory.cut()
+    run(engine)
+    assert engine.emulate_mmio(device + 8, False) == MmioRead(device + 8, 4)
+    engine.complete(0x1111)
+    assert run(engine) == HostFault(memory.base + 16, FAR + 16, True)
+    memory.grow()
+    assert run(engine) == Halt()
+    assert memory.far[16:20] == b"\x11\x11\0\0"
 
 
 def test_fetch(engine: UnicornEngine, memory: Fragile) -> None:

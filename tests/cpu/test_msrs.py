@@ -6,7 +6,7 @@ import pytest
 
 from guestmem.cpu import msrs
 from guestmem.cpu.cpuid import DEFAULT_CPUID
-from guestmem.cpu.engine import Halt
+from guestmem.cpu.engine import Halt, ReadMsr, WriteMsr
 from guestmem.cpu.registers import DebugRegisters, DescriptorTable
 from guestmem.cpu.unicorn import UnicornEngine
 from tests.cpu.guests import CODE, DATA, Memory, run, start_long
@@ -88,6 +88,59 @@ def test_pat_has_memory_types(engine: UnicornEngine) -> None:
     assert engine.get_msr(msrs.PAT) == 0x0007040600070406
     assert engine.set_msr(msrs.PAT, 0x0606060606060606)
     assert not engine.set_msr(msrs.PAT, 0x0206060606060606)
+
+
+class TestStops:
+    """Registers that are somebody else's: SYSENTER_CS and _ESP, and with `unknown` those that nobody has."""
+
+    @pytest.fixture(autouse=True)
+    def stops(self, engine: UnicornEngine) -> None:
+        engine.set_stop_msrs((range(0x174, 0x176),), unknown=True)
+
+    @pytest.mark.parametrize("index", [0x174, 0x175, UNKNOWN], ids=hex)
+    @pytest.mark.parametrize("code", [RDMSR, b"\x66\x48" + RDMSR])
+    def test_read(self, engine: UnicornEngine, memory: Memory, index: int, code: bytes) -> None:
+        start(engine, memory, code, index)
+        assert run(engine) == ReadMsr(index)
+        assert engine.get_regs().rip == CODE
+        assert run(engine) == ReadMsr(index), "without an answer it is repeated"
+        engine.complete(VALUE)
+        regs = engine.get_regs()
+        assert (regs.rip, regs.rdx << 32 | regs.rax) == (CODE + len(code), VALUE)
+        assert outcome(engine) == VALUE
+
+    @pytest.mark.parametrize("index", [0x174, UNKNOWN], ids=hex)
+    def test_write(self, engine: UnicornEngine, memory: Memory, index: int) -> None:
+        before = engine.get_msr(index)
+        start(engine, memory, WRMSR, index, VALUE)
+        assert run(engine) == WriteMsr(index, VALUE)
+        engine.complete(1)
+        assert engine.get_regs().rip == CODE + len(WRMSR)
+        assert outcome(engine) == VALUE
+        assert engine.get_msr(index) == before
+
+    @pytest.mark.parametrize("code", [RDMSR, WRMSR])
+    def test_refused(self, engine: UnicornEngine, memory: Memory, code: bytes) -> None:
+        start(engine, memory, code, 0x174)
+        assert isinstance(run(engine), ReadMsr | WriteMsr)
+        engine.raise_exception(13, 0)
+        assert outcome(engine) is None
+        assert memory.word(0x8000 - 40) == CODE
+
+    def test_others_do_not_stop(self, engine: UnicornEngine, memory: Memory) -> None:
+        engine.set_stop_msrs((range(0x174, 0x176),))
+        for index, value in ((0x176, 0), (UNKNOWN, None)):
+            start(engine, memory, RDMSR, index)
+            assert outcome(engine) == value
+
+    def test_another_rip_voids_the_answer(self, engine: UnicornEngine, memory: Memory) -> None:
+        start(engine, memory, RDMSR, 0x174)
+        run(engine)
+        regs = engine.get_regs()
+        regs.rip = CODE + len(RDMSR)
+        engine.set_regs(regs)
+        engine.complete(VALUE)
+        assert outcome(engine) == 0
 
 
 class TestEfer:

@@ -252,7 +252,6 @@ def library() -> Any:
         ("cpu_run", ctypes.c_int, (pointer,)),
         ("cpu_settle", None, (pointer,)),
         ("cpu_kick", None, (pointer,)),
-        ("cpu_flush", None, (pointer,)),
         ("cpu_set_mode", None, (ctypes.c_int,)),
         ("cpu_watch_signals", None, (pointer, _U64)),
         ("cpu_install_handlers", None, ()),

@@ -25,7 +25,7 @@ _MASK_64 = (1 << 64) - 1
 class BlockState:
     """Implements `guestmem.cpu.engine.CpuState`, and the registers of `Engine`, over `block`.
 
-    `_check_open` may be overridden to refuse; every method asks it.
+    `_check_open` may be overridden to refuse; what gets, sets or queues asks it.
     """
 
     def __init__(self, block: CpuBlock) -> None:
@@ -45,7 +45,9 @@ class BlockState:
         self._check_open()
         if len(table) > b.CPUID_MAX:
             raise ValueError(f"{len(table)} leaves of CPUID: at most {b.CPUID_MAX}")
-        for entry, ((leaf, index), (eax, ebx, ecx, edx)) in zip(self.block.cpuid, table.items(), strict=False):
+        # Subleaf 0 comes last: it answers for those that are not there.
+        leaves = sorted(table.items(), reverse=True)
+        for entry, ((leaf, index), (eax, ebx, ecx, edx)) in zip(self.block.cpuid, leaves, strict=False):
             entry.function, entry.index = leaf, index
             entry.flags = b.SIGNIFICANT_INDEX if leaf in cpuid.INDEXED or index else 0
             entry.eax, entry.ebx, entry.ecx, entry.edx = eax, ebx, ecx, edx
@@ -134,7 +136,7 @@ class BlockState:
     def get_fpu(self) -> bytes:
         """The FXSAVE64 image, 512 bytes."""
         self._check_open()
-        return bytes(self.block.xsave[:LEGACY])
+        return ctypes.string_at(self.block.xsave, LEGACY)
 
     def set_fpu(self, image: bytes) -> None:
         """Raises: ValueError, for a wrong size or reserved bits of MXCSR."""
@@ -146,7 +148,7 @@ class BlockState:
     def get_xsave(self) -> bytes:
         """The XSAVE area in standard form, 576 bytes."""
         self._check_open()
-        return bytes(self.block.xsave[:AREA])
+        return ctypes.string_at(self.block.xsave, AREA)
 
     def set_xsave(self, area: bytes) -> None:
         """Raises: ValueError, for state that there is not, the compact form, or as `set_fpu`."""

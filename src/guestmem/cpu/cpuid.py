@@ -1,4 +1,4 @@
-"""CPUID: the default tables, the lookup, and what the engine itself takes from it.
+"""CPUID: the default tables, and the lookup.
 
 The default describes what Unicorn executes (QEMU 5's TCG: SSE4.2 and BMI, no AVX), under KVM's signature.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from guestmem.cpu.engine import CpuidTable, PageBit
 
-INDEXED = frozenset((4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1D, 0x1E, 0x1F, 0x8000_001D, 0x8000_0026))
+INDEXED = frozenset(
+    (4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1D, 0x1E, 0x1F, 0x24, 0x8000_001D, 0x8000_0026)
+)
 
 
 def _bits(*numbers: int) -> int:
@@ -62,8 +64,3 @@ def lookup(table: CpuidTable, leaf: int, subleaf: int) -> tuple[int, int, int, i
     if answer is None and leaf not in INDEXED:
         answer = table.get((leaf, 0))
     return answer or (0, 0, 0, 0)
-
-
-def physical_bits(table: CpuidTable) -> int:
-    """MAXPHYADDR; 52 where the table does not say. Source: AMD APM vol. 3, Fn8000_0008 EAX."""
-    return lookup(table, 0x8000_0008, 0)[0] & 0xFF or 52

@@ -264,9 +264,6 @@ Stop: TypeAlias = (
     | InterruptWindow
     | SliceOver
     | HostFault
-    | ReadMsr
-    | WriteMsr
-    | Debug
     | Failed
 )
 

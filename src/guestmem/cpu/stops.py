@@ -73,7 +73,7 @@ def answer_mmio(block: CpuBlock, gpa: int) -> None:
 
 
 def _value(stop: CpuStop, size: int) -> int:
-    return int.from_bytes(ctypes.string_at(ctypes.addressof(stop) + CpuStop.data.offset, size), "little")
+    return int.from_bytes(ctypes.string_at(stop.data, size), "little")
 
 
 def _miss(stop: CpuStop, _block: CpuBlock) -> Stop:

@@ -8,7 +8,6 @@ checks no segment limits; see also native/code.c, native/mmio.c and holds_descri
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 import weakref
 from typing import Any
@@ -27,7 +26,7 @@ _BOTH = 1 << b.SHARED | 1 << b.PRIVATE
 class UnicornEngine(BlockState):
     """One virtual CPU, in the state after reset. Implements `guestmem.cpu.engine.Engine` and `CpuState`.
 
-    All methods but `close` raise ValueError once it is closed. Raises: CpuUnavailableError, if there is no library.
+    Once it is closed, whatever gets, sets, queues or runs raises ValueError. Raises: CpuUnavailableError, if there is no library.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -39,7 +38,7 @@ class UnicornEngine(BlockState):
         self._space = self._library.cpu_space_create()
         self._cpu = self._library.cpu_create(self._space, ctypes.byref(self.block)) if self._space else None
         if not self._cpu:
-            why = b.last_error() or os.strerror(ctypes.get_errno())
+            why = b.last_error() or "no memory for a CPU"
             if self._space:
                 self._library.cpu_space_destroy(self._space)
             raise b.CpuUnavailableError(why)

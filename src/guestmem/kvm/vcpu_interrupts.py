@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from guestmem.cpu import msrs
 from guestmem.cpu.engine import CpuState
 from guestmem.cpu.registers import DebugRegisters, Events, Regs, Sregs
 from guestmem.uapi.kvm import KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from guestmem.kvm.irqchip import Lapic
     from guestmem.kvm.vcpu import Vcpu
 
-TSC_KHZ = 1_000_000
-_MSR_TSC = 0x10
 _CR0_ET, _CR0_NW, _CR0_CD = 1 << 4, 1 << 29, 1 << 30
 
 
@@ -66,11 +65,11 @@ class VcpuInterrupts:
         self.kick()
 
     def tsc(self) -> int:
-        return self._cpu.get_msr(_MSR_TSC) or 0
+        return self._cpu.get_msr(msrs.TSC) or 0
 
     @property
     def tsc_khz(self) -> int:
-        return TSC_KHZ
+        return msrs.TSC_KHZ
 
     def request_eoi_exit(self, vector: int) -> None:
         self.eoi_exit = vector

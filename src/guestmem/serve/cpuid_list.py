@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 
+from guestmem.cpu.cpuid import INDEXED
 from guestmem.cpu.engine import CpuidTable
 from guestmem.serve.call import Call
 from guestmem.trace import Refusal
@@ -12,10 +13,6 @@ from guestmem.trace import Refusal
 _HEADER = struct.Struct("<II")  # nent, padding
 _ENTRY = struct.Struct("<IIIIIII12x")  # function, index, flags, eax, ebx, ecx, edx
 _SIGNIFICANT_INDEX = 1
-_INDEXED = frozenset(
-    (4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1D, 0x1E, 0x1F, 0x24, 0x8000_001D, 0x8000_0026)
-)
-"""Leaves in which ECX means something. Source: cpuid_function_is_indexed."""
 _MAX_ENTRIES = 256
 
 
@@ -26,7 +23,7 @@ async def write_cpuid(call: Call, argument: int, table: CpuidTable) -> None:
     if room < len(table):
         raise Refusal(errno.E2BIG, "list.too_small", room=room, needed=len(table))
     entries = b"".join(
-        _ENTRY.pack(leaf, index, _SIGNIFICANT_INDEX if leaf in _INDEXED else 0, *registers)
+        _ENTRY.pack(leaf, index, _SIGNIFICANT_INDEX if leaf in INDEXED else 0, *registers)
         for (leaf, index), registers in table.items()
     )
     await memory.copy_to_user(argument, _HEADER.pack(len(table), 0))

@@ -9,12 +9,12 @@ import errno
 import struct
 import time
 
+from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm import kvmclock
 from guestmem.kvm.irqchip import USERSPACE_SOURCE, IrqChip, MsiRoute, routing
 from guestmem.kvm.irqchip.chip import STATE_SIZE, X2APIC_NO_SUPPRESS_EOI, X2APIC_SUPPRESS_EOI
 from guestmem.kvm.irqchip.pit import STATE_SIZE as PIT_STATE_SIZE
 from guestmem.kvm.irqchip.pit import Pit
-from guestmem.kvm.vcpu_interrupts import TSC_KHZ
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import irqfd
 from guestmem.serve.call import Call

@@ -186,7 +186,6 @@ static void take_answer(struct cpu *cpu)
     answer->kind = CPU_ANSWER_NONE;
     cpu->asked.kind = CPU_STOP_NONE;
     if (kind == CPU_ANSWER_VALUE && asked.kind) {
-        cpu->asked.size = asked.size;
         cpu->next = complete(cpu, &asked, answer);
     } else if (kind == CPU_ANSWER_MMIO && asked.kind == CPU_STOP_MISS) {
         cpu->next = mmio_add_page(cpu, answer->value);
@@ -275,11 +274,6 @@ void cpu_settle(struct cpu *cpu)
 void cpu_kick(struct cpu *cpu)
 {
     kick(cpu, KICK_USER);
-}
-
-void cpu_flush(struct cpu *cpu)
-{
-    tlb_flush(cpu);
 }
 
 void cpu_watch_signals(struct cpu *cpu, uint64_t mask)

@@ -1,7 +1,7 @@
 /* A virtual x86-64 CPU: what the library offers. It executes guest code in the thread that calls cpu_run(), on memory of
  * the process that it is in, and knows nothing of KVM, of memslots or of guest_memfd: what needs one of them is a stop.
  *
- * Two users: guestmem's Python engine, by ctypes, in its own process; and the preloaded shim, in a client's.
+ * guestmem's Python engine uses it, by ctypes, in its own process; a preloaded shim could in a client's.
  *
  * A CPU's state lies in its block, which the process that executes and the one that steers may share. Whenever the CPU is
  * not inside of cpu_run() the block is the truth: who steers reads it, writes it, and says in `dirty` which groups it
@@ -184,8 +184,6 @@ CPU_EXPORT int cpu_run(struct cpu *cpu);
 CPU_EXPORT void cpu_settle(struct cpu *cpu);
 /* Have the CPU stop with KICKED soon: from any thread, and from a signal handler. */
 CPU_EXPORT void cpu_kick(struct cpu *cpu);
-/* Forget every translation of an address, and look whether code has changed. From the thread that runs it. */
-CPU_EXPORT void cpu_flush(struct cpu *cpu);
 
 /* ---- how they run, for all CPUs of the process */
 

@@ -108,7 +108,8 @@ static void count_inside(struct cpu *cpu, void *data)
         count->inside += atomic_load(&cpu->in_guest);
 }
 
-/* True: no other CPU of the space is in the guest. False: it was kicked meanwhile. This CPU is in the guest after both. */
+/* True: no other CPU of the space is in the guest. False: it was kicked meanwhile. This CPU is in the guest after both,
+ * unless it was kicked while another was alone. */
 bool begin_exclusive(struct cpu *cpu)
 {
     _Atomic(struct cpu *) *owner = space_exclusive(cpu->space);

@@ -108,13 +108,11 @@ void cpu_install_handlers(void)
 /* After a pass that a fault has ended, with RIP on the instruction. The stop; 0: it was done, or something else waits. */
 int after_fault(struct cpu *cpu)
 {
-    uint8_t signal = cpu->fault_signal;
     cpu->block->host_faults++;
     tlb_flush(cpu);
     cpu->probe_hva = cpu->fault_hva & PAGE_MASK;
     cpu->probe_offset = cpu->fault_hva % PAGE;
-    int code = single_step(cpu);
+    int stop = step(cpu);
     cpu->probe_hva = 0;
-    cpu->fault_signal = signal;
-    return judge(cpu, code, true);
+    return stop;
 }

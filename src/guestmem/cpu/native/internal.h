@@ -11,7 +11,7 @@
 enum { PAGE = 4096 };
 #define PAGE_MASK (~(uint64_t)(PAGE - 1))
 
-/* Of QEMU's digest of the mode (hflags). GUEST and IOBPT are ours, see state.c. */
+/* Of QEMU's digest of the mode (hflags). GUEST and IOBPT are ours, see pass.c and port_io.c. */
 enum {
     HF_CPL = 3,
     HF_INHIBIT_IRQ = 1 << 3,
@@ -174,7 +174,6 @@ struct port_io {
 /* What was asked of somebody else by the last stop, and what an answer needs to know. */
 struct question {
     int kind; /* enum cpu_stop_kind */
-    uint32_t nr;
     uint64_t start; /* RIP of the instruction */
     unsigned length, size;
 };
@@ -253,6 +252,7 @@ __attribute__((format(printf, 1, 2))) void set_error(const char *format, ...);
 
 /* run.c */
 int advance(struct cpu *cpu);
+int step(struct cpu *cpu); /* the instruction at RIP once more, by itself: its stop, or 0 */
 int single_step(struct cpu *cpu); /* Unicorn's error of a pass of one instruction */
 int judge(struct cpu *cpu, int code, bool stepped);
 int not_done(struct cpu *cpu); /* the stop for `refused`, or 0 with an exception pending */
@@ -263,6 +263,10 @@ void instruction_done(struct cpu *cpu, uint64_t rip);
 uint64_t linear_rip(const struct cpu *cpu);
 
 /* pass.c */
+/* A pass that an SVM exit ends has VMEXIT + its number as exception: AMD APM vol. 2, appendix C. */
+enum { VMEXIT = 0x100, EXIT_WRITE_DR5 = 0x35, EXIT_WRITE_DR7 = 0x37, EXIT_INIT = 0x63, EXIT_MSR = 0x7c };
+enum { DR_WRITES = 1 << 5 | 1 << 7 }; /* the registers whose writes are intercepted */
+enum { REQUEST_VIRQ = 0x100, REQUEST_NMI = 0x200, REQUEST_INIT = 0x400 }; /* CPUState.interrupt_request */
 bool pass_open(struct cpu *cpu);
 int emulate(struct cpu *cpu);
 void end_pass(struct cpu *cpu, enum cause cause);
@@ -371,7 +375,7 @@ bool interrupts_open(const struct cpu *cpu);
 bool must_step(const struct cpu *cpu);
 
 /* watch.c */
-int step_watched(struct cpu *cpu);
+int step_watched(struct cpu *cpu); /* as step() */
 
 /* fault.c */
 enum { EXIT_WATCH = 0x1fc, EXIT_ATOMIC = 0x1fd, EXIT_FAULT = 0x1fe }; /* numbers of exceptions that no CPU has */
@@ -395,11 +399,6 @@ void slices_remove(struct cpu *cpu);
 static inline uint64_t minimum(uint64_t a, uint64_t b)
 {
     return a < b ? a : b;
-}
-
-static inline struct segment_cache *segment(struct cpu *cpu, int number)
-{
-    return &cpu->env->segs[number];
 }
 
 static inline bool long_mode(const struct cpu *cpu)

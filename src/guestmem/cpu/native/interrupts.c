@@ -7,8 +7,6 @@
  * Source: arch/x86/kvm/x86.c kvm_check_and_inject_events, dm_request_for_irq_injection. */
 #include "internal.h"
 
-enum { REQUEST_VIRQ = 0x100, REQUEST_NMI = 0x200 };
-
 static bool shadow(const struct cpu *cpu)
 {
     return cpu->env->hflags & HF_INHIBIT_IRQ;

@@ -30,7 +30,6 @@ uc_engine *layout_open(void)
 void layout_view(uc_engine *uc, struct uc_view *view)
 {
     uint8_t *handle = (uint8_t *)uc;
-    view->handle = handle;
     view->cpu_state = *(uint8_t **)(handle + UC_CPU);
     view->tcg = *(uint8_t **)(handle + UC_TCG);
     view->env = (struct uc_env *)(view->cpu_state + CPU_ENV);
@@ -177,7 +176,8 @@ static const char *misbehaviour(uc_engine *uc, const struct uc_view *view, uint8
         return "uc_struct.no_exit_request";
     if (*view->interrupt_request || *view->leave_blocks)
         return "CPUState.interrupt_request";
-    if (*(uint64_t *)(view->tcg + TCG_CODE_BUFFER_SIZE) / CODE_BUFFER != 1 && *(uint64_t *)(view->tcg + TCG_CODE_BUFFER_SIZE) > CODE_BUFFER)
+    uint64_t size = *(uint64_t *)(view->tcg + TCG_CODE_BUFFER_SIZE);
+    if (size > CODE_BUFFER || size < CODE_BUFFER / 2)
         return "TCGContext.code_gen_buffer_size";
     return layout_disas_flags ? NULL : "DisasContext.flags";
 }

@@ -112,7 +112,7 @@ _Static_assert(offsetof(struct uc_tail, v_tpr) == 172, "CPUX86State.v_tpr");
 
 /* The live structures of one CPU. */
 struct uc_view {
-    uint8_t *handle, *cpu_state, *tcg;
+    uint8_t *cpu_state, *tcg;
     struct uc_env *env;
     struct uc_msrs *msrs;
     struct uc_tail *tail;

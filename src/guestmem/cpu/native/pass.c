@@ -16,10 +16,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { REQUEST_INIT = 0x400 };
 /* Exits of an SVM guest, AMD APM vol. 2, appendix C: bits of the intercept vector that begins with INTR (0x60). */
 enum { INTERCEPT_NMI = 1 << 1, INTERCEPT_INIT = 1 << 3, INTERCEPT_VINTR = 1 << 4, INTERCEPT_MSR = 1 << 28 };
-enum { DR_WRITES = 1 << 5 | 1 << 7 };
 enum { VMCB_MSRPM = 72, MSRPM_SIZE = 0x2000 };
 #define HOST_SIZE (1ull << 48)
 
@@ -95,7 +93,8 @@ int single_step(struct cpu *cpu)
         __atomic_store_n(cpu->interrupt_request, 0, __ATOMIC_SEQ_CST);
         code = emulate(cpu);
         /* A kick that began before `stepping` was set has ended the pass before its instruction. */
-    } while (!cpu->cause && !cpu->refused.kind && code == UC_ERR_EXCEPTION && cpu->pass_end->exception_index == 0x163);
+    } while (!cpu->cause && !cpu->refused.kind && code == UC_ERR_EXCEPTION &&
+             cpu->pass_end->exception_index == VMEXIT + EXIT_INIT);
     env->eflags = (env->eflags & ~(uint64_t)RFLAGS_TF) | traced;
     cpu->tail->dr[6] = dr6;
     *cpu->no_exit_request = 1;

@@ -12,11 +12,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* A pass that an SVM exit ends has VMEXIT + its number as exception: AMD APM vol. 2, appendix C. */
-enum { VMEXIT = 0x100, EXIT_WRITE_DR5 = 0x35, EXIT_WRITE_DR7 = 0x37, EXIT_INIT = 0x63, EXIT_MSR = 0x7c };
-enum { DR_WRITES = 1 << 5 | 1 << 7 };
-enum { REQUEST_INIT = 0x400, REQUEST_VIRQ_NMI = 0x300 };
-
 int fail(struct cpu *cpu, const char *why, ...)
 {
     va_list arguments;
@@ -116,6 +111,12 @@ int not_done(struct cpu *cpu)
     }
 }
 
+/* One that uses MMIO begins with the first of its accesses again. */
+int step(struct cpu *cpu)
+{
+    return mmio_active(cpu) ? advance_mmio(cpu) : judge(cpu, single_step(cpu), true);
+}
+
 /* Alone in the guest: what the host cannot do at once. */
 static int step_alone(struct cpu *cpu)
 {
@@ -123,9 +124,9 @@ static int step_alone(struct cpu *cpu)
         return CPU_STOP_NONE;
     /* Others may have changed leaves and code while this CPU was out. */
     tlb_flush(cpu);
-    int code = single_step(cpu);
+    int stop = step(cpu);
     end_exclusive(cpu);
-    return judge(cpu, code, true);
+    return stop;
 }
 
 static int after_refusal(struct cpu *cpu, bool stepped)
@@ -178,16 +179,19 @@ static int exception_raised(struct cpu *cpu, int vector)
 /* A breakpoint on data traps after its instruction. */
 static int after_watch(struct cpu *cpu)
 {
-    int stop = judge(cpu, step_watched(cpu), true);
-    if (stop || !cpu->watch_hits)
+    int stop = step_watched(cpu);
+    if (!cpu->watch_hits || (stop && stop != CPU_STOP_MMIO_WRITE))
         return stop;
     uint64_t dr6 = cpu->tail->dr[6] | cpu->watch_hits;
-    if (cpu->host_breakpoints)
+    if (cpu->host_breakpoints) {
+        if (stop)
+            cpu->mmio.write_next = 0; /* told after this one */
         return debug_stop(cpu, DB, dr6);
+    }
     cpu->tail->dr[6] = dr6;
     if (cpu->pending.vector < 0)
         raise_event(cpu, DB, 0, 0, 0, false);
-    return CPU_STOP_NONE;
+    return stop;
 }
 
 /* An exception of the guest, or VMEXIT and the number of an exit, with RIP on the instruction. */
@@ -218,10 +222,6 @@ static int after_hook(struct cpu *cpu)
     case CAUSE_SYSENTER:
         enter_kernel(cpu, cpu->cause);
         return CPU_STOP_NONE;
-    case CAUSE_MMIO_READ:
-        return CPU_STOP_MMIO_READ;
-    case CAUSE_MMIO_CROSSED:
-        return fail(cpu, "an access of two pages, one of which is MMIO");
     default:
         return port_stop(cpu);
     }
@@ -255,7 +255,7 @@ static int advance_interrupted(struct cpu *cpu)
     if (must_step(cpu) || is_stepped(cpu))
         return judge(cpu, single_step(cpu), true);
     int code = emulate(cpu);
-    set_interrupt_request(cpu, 0, REQUEST_VIRQ_NMI);
+    set_interrupt_request(cpu, 0, REQUEST_VIRQ | REQUEST_NMI);
     return judge(cpu, code, false);
 }
 

@@ -46,12 +46,12 @@ void __wrap_cpu_check_watchpoint_x86_64(void *cpu_state, uint64_t address, uint6
     cpu_loop_exit_restore_x86_64(cpu_state, pc);
 }
 
-/* The step of the instruction that hit. Unicorn's error; `watch_hits` are those of it. */
+/* The step of the instruction that hit; `watch_hits` are those of it. */
 int step_watched(struct cpu *cpu)
 {
     cpu->watch_hits = 0;
     cpu->watch_step = true;
-    int code = single_step(cpu);
+    int stop = step(cpu);
     cpu->watch_step = false;
-    return code;
+    return stop;
 }
