@@ -23,7 +23,7 @@ def find_level(abi: str) -> AbiLevel:
     if abi in LEVELS:
         return LEVELS[abi]
     path = Path(abi)
-    if not path.suffix and "/" not in abi:
+    if path.suffix != ".toml" and not path.exists():
         raise Refusal(errno.ENOENT, "level.not_found", at=abi, there_are=", ".join(LEVELS), or_a="file NAME.toml")
     return read_level(path)
 
@@ -77,6 +77,8 @@ def entries(level: AbiLevel) -> Iterator[tuple[str, str]]:
     yield "frames are checked", "before binding" if level.prepare_before_overlap else "after binding"
     for name, mask in level.create_flags.items():
         yield f"GUEST_MEMFD_FLAG_{name}", f"1 << {mask.bit_length() - 1}"
+    for name, mask in level.region_flags.items():
+        yield f"KVM_MEM_{name}", f"1 << {mask.bit_length() - 1}"
     for name, request in level.ioctls.items():
         yield f"KVM_{name}", f"{request:#x}"
     for name, number in level.capabilities.items():

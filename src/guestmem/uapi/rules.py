@@ -209,7 +209,7 @@ _TABLE = (
         "semantics.md 10 [P]",
         _FUTURE,
     ),
-    Rule("gmem_convert.off", ("ENOTTY",), _CONVERT, 1, "this ABI level has no huge pages", "uapi.md 14 [P]", _FUTURE),
+    Rule("gmem_convert.off", ("ENOTTY",), _CONVERT, 1, "this ABI level has no huge pages", "uapi.md 14 [P]"),
     Rule(
         "gmem_convert.no_private_memory",
         ("EINVAL",),

@@ -16,6 +16,14 @@ _X86_VM_TYPES = tuple(vm_type.name for vm_type in VmType if vm_type < 32)
 _PRIVATE_VM_TYPES = tuple(name for name in _X86_VM_TYPES if name != "DEFAULT")
 _FIXED_REGION_FLAGS = ("LOG_DIRTY_PAGES", "READONLY", "GUEST_MEMFD")
 
+_LIMITS: Mapping[tuple[str, ...], int] = {
+    ("capabilities",): 1 << 31,
+    ("answers",): 1 << 31,
+    ("ioctls",): 1 << 32,
+    ("flags", "guest_memfd"): 58,  # the bits above are the log2 of a page size
+    ("flags", "memory_region"): 32,
+}
+
 Settings = Mapping[tuple[str, ...], Any]
 
 
@@ -40,10 +48,11 @@ def check(settings: Settings, places: Places) -> None:
 def _check_values(settings: Settings, places: Places) -> None:
     """Numbers are numbers: capabilities 0 to 2**31 - 1, requests 32 bits, flags the number of a bit."""
     for path, value in settings.items():
-        limit = {"capabilities": 1 << 31, "answers": 1 << 31, "ioctls": 1 << 32, "flags": 64}.get(path[0])
+        limit = _LIMITS.get(path[:2], _LIMITS.get(path[:1]))
         if limit is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
+        is_nested = len(path) != (3 if path[0] == "flags" else 2)
+        if is_nested or isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
             raise Refusal(errno.EINVAL, "level.value", at=places.of(path), key=path[-1], value=value, below=limit)
 
 
