@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test check lint types contracts unit peer vmms vmms-all bench guests clean
+.PHONY: demo test check lint types contracts unit headers peer vmms vmms-all bench guests clean
 
 # Debian ships venv without ensurepip; the package that has it is installed where that is possible.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard src/guestmem/native/*.[ch] src/guestmem/cpu/native/*.[ch])
@@ -45,6 +45,10 @@ unit: $(VENV)/.installed
 peer: $(VENV)/.installed
 	$(BIN)/python -m tests.peer.build || test $$? -eq 4
 	$(BIN)/python -m tests.peer.run
+
+# The headers of kernels that tests/uapi compares the levels with. Those that cannot be had make tests skip.
+headers: $(VENV)/.installed
+	-$(BIN)/python -m tests.uapi.kvm_headers
 
 # Real VMMs boot Debian's kernel under `guestmem run`: a few rows of the table, or all of it, which takes an hour or two.
 vmms: $(VENV)/.installed

@@ -5,9 +5,8 @@ never faults memory in: a page that stage 2 does not hold is a `Stage2Miss`, KVM
 runs the engine again, which repeats the access. State is exact at every stop: a stop that KVM answers by running again
 repeats the instruction, unless the stop's docstring says that it is complete.
 
-Engines are serialised: one thread, one engine at a time, a slice at a time. Two software CPUs on one memory are not
-atomic (design/feasibility.md section 3: `lock inc` from two threads lost half of its updates), so a slice ends between
-two instructions and the order of slices is the scheduler's.
+Engines are serialised: one thread, one engine at a time, a slice at a time. A slice ends between two instructions, and
+the order of slices is the scheduler's. The library in `native` can run CPUs in parallel too (cpu.h, CPU_MODE_PARALLEL).
 """
 
 from __future__ import annotations

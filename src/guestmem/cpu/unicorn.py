@@ -26,7 +26,7 @@ _BOTH = 1 << b.SHARED | 1 << b.PRIVATE
 class UnicornEngine(BlockState):
     """One virtual CPU, in the state after reset. Implements `guestmem.cpu.engine.Engine` and `CpuState`.
 
-    Once it is closed, whatever gets, sets, queues or runs raises ValueError. Raises: CpuUnavailableError, if there is no library.
+    Once it is closed, whatever gets, sets, queues or runs raises ValueError. Raises: CpuUnavailableError.
     """
 
     def __init__(self, memory: GuestMemory) -> None:

@@ -29,18 +29,17 @@ def new() -> Iterator[New]:
         machine.close()
 
 
+def lapic_timer(divide: int, lvt: int, count: int) -> str:
+    return f"""
+        mov dword ptr [rbx + 0x3e0], {divide}
+        mov dword ptr [rbx + 0x320], {lvt}
+        mov dword ptr [rbx + 0x380], {count}
+    """
+
+
 def test_the_lapic_timer_once(new: New) -> None:
     machine = new()
-    machine.start(
-        XAPIC_ON
-        + """
-        mov dword ptr [rbx + 0x3e0], 0xb
-        mov dword ptr [rbx + 0x320], 0x31
-        mov dword ptr [rbx + 0x380], 5000000
-        """
-        + WAIT
-        + FINISH
-    )
+    machine.start(XAPIC_ON + lapic_timer(divide=0xB, lvt=0x31, count=5_000_000) + WAIT + FINISH)
     before = machine.clock.time
     machine.run()
     assert machine.said[0] == [0x31]
@@ -52,16 +51,7 @@ def test_the_lapic_timer_once(new: New) -> None:
 def test_the_lapic_timer_again_and_again(new: New) -> None:
     """Divided by 2: the count is of 2 ns."""
     machine = new()
-    machine.start(
-        XAPIC_ON
-        + """
-        mov dword ptr [rbx + 0x3e0], 0
-        mov dword ptr [rbx + 0x320], 0x20031
-        mov dword ptr [rbx + 0x380], 500000
-        """
-        + WAIT * 4
-        + FINISH
-    )
+    machine.start(XAPIC_ON + lapic_timer(divide=0, lvt=0x2_0031, count=500_000) + WAIT * 4 + FINISH)
     before = machine.clock.time
     machine.run()
     assert machine.said[0] == [0x31] * 4

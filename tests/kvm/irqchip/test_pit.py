@@ -70,7 +70,7 @@ def test_outputs(mode: int, outputs: list[int]) -> None:
     rig.program(2, mode, 1000)
     got = []
     for ticks in (250, 500, 250, 750):
-        rig.clock.time += round(ticks * TICK) + 1 if ticks else 0
+        rig.clock.time += round(ticks * TICK) + 1
         got.append(rig.output(2))
         rig.clock.time -= 1
     assert got == outputs

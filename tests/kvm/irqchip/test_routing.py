@@ -120,12 +120,20 @@ def test_suppressing_eoi_broadcasts_is_offered_where_the_vmm_has_the_ioapic() ->
         assert (lapic.read(reg.VERSION) or 0) & offered == expected
 
 
-@given(st.binary(max_size=48 * 8))
-def test_any_bytes_are_a_table_or_refused(data: bytes) -> None:
-    whole = data[: len(data) // ENTRY.size * ENTRY.size]
+entries = st.builds(
+    lambda gsi, kind, flags, union: entry(gsi, kind, *union, flags=flags),
+    st.integers(0, 4096),
+    st.sampled_from([CHIP, MSI, MSI, 3]),
+    st.sampled_from([0, 0, 0, 1, 2]),
+    st.lists(st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1)), max_size=8),
+)
+
+
+@given(st.lists(entries, max_size=8))
+def test_any_entries_are_a_table_or_refused(table: list[bytes]) -> None:
     for is_split in (False, True):
         try:
-            routes = parse_routes(whole, is_split, False)
+            routes = parse_routes(b"".join(table), is_split, False)
         except Refusal:
             continue
         rig = Rig(1, is_split=is_split)
