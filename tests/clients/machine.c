@@ -119,6 +119,22 @@ static void an_eventfd_takes_a_write(void) {
     close_machine(&m);
 }
 
+static void an_eventfd_that_is_full(void) {
+    struct machine m;
+    uint64_t most = ~0ULL - 1, count = 0;
+    uint8_t byte;
+    int event = eventfd(0, 0); /* a write of ours would block */
+    struct kvm_ioeventfd port = {.addr = 32, .len = 1, .fd = event, .flags = KVM_IOEVENTFD_FLAG_PIO};
+
+    STEP(open_with(&m, port_then_out, sizeof(port_then_out)));
+    CHECK(write(event, &most, 8) == 8, "errno %d", errno);
+    CHECK(!ioctl(m.vm, KVM_IOEVENTFD, &port), "errno %d", errno);
+    CHECK(run_guest(&m, 0, 0, &byte) && m.run->io.port == 16, "port %u", m.run->io.port);
+    CHECK(read(event, &count, 8) == 8 && count >= most, "%llu", (unsigned long long)count);
+    close(event);
+    close_machine(&m);
+}
+
 static void writes_are_coalesced(void) {
     struct kvm_coalesced_mmio_zone zone = {.addr = UNMAPPED_GPA, .size = PAGE};
     struct machine m;
@@ -252,6 +268,7 @@ static const struct {
     {"MSRs stop at the first unknown", msrs_stop_at_the_first_unknown},
     {"dirty pages are logged", dirty_pages_are_logged},
     {"an eventfd takes a write", an_eventfd_takes_a_write},
+    {"an eventfd that is full", an_eventfd_that_is_full},
     {"writes are coalesced", writes_are_coalesced},
     {"nobody loses a write", nobody_loses_a_write},
     {"memory is given back", memory_is_given_back},

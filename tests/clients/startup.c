@@ -70,6 +70,12 @@ static void addresses_and_limits(void) {
     OK(ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000UL));
     vm = ioctl(kvm, KVM_CREATE_VM, 0);
     CHECK_ERRNO(ioctl(vm, KVM_SET_BOOT_CPU_ID, 5000), EINVAL);
+    OK(ioctl(vm, KVM_SET_BOOT_CPU_ID, 3));
+    CHECK_ERRNO(enable(vm, KVM_CAP_MAX_VCPU_ID, 2), EINVAL); /* the processor that boots could not be */
+    OK(enable(vm, KVM_CAP_MAX_VCPU_ID, 8));
+    CHECK_ERRNO(ioctl(vm, KVM_SET_BOOT_CPU_ID, 9), EINVAL);
+    OK(ioctl(vm, KVM_SET_BOOT_CPU_ID, 8)); /* the limit itself passes here */
+    vm = ioctl(kvm, KVM_CREATE_VM, 0);
     CHECK_ERRNO(ioctl(vm, KVM_CREATE_VCPU, 5000), EINVAL);
     CHECK(capability(vm, KVM_CAP_MAX_VCPU_ID) >= capability(vm, KVM_CAP_MAX_VCPUS), "more vCPUs than ids");
     CHECK(capability(vm, KVM_CAP_MAX_VCPUS) >= capability(vm, KVM_CAP_NR_VCPUS), "recommended more than possible");
@@ -86,6 +92,24 @@ static void what_can_be_switched_on(void) {
     CHECK_ERRNO(enable(vm, KVM_CAP_DISABLE_QUIRKS2, ~0UL), EINVAL);
     OK(enable(vm, KVM_CAP_EXCEPTION_PAYLOAD, 1));
     CHECK_ERRNO(enable(vcpu, 9999, 0), EINVAL);
+}
+
+/* The largest of each: an answer, not a mishap of whoever keeps it. */
+static void the_largest_values(void) {
+    struct kvm_clock_data clock = {.clock = ~0ULL - 1};
+    struct kvm_lapic_state lapic;
+    int vm = ioctl(kvm, KVM_CREATE_VM, 0), vcpu;
+
+    OK(ioctl(vm, KVM_SET_CLOCK, &clock));
+    OK(ioctl(vm, KVM_GET_CLOCK, &clock));
+    OK(ioctl(vm, KVM_CREATE_IRQCHIP, 0));
+    vcpu = ioctl(vm, KVM_CREATE_VCPU, 300);
+    if (vcpu < 0 && errno == EINVAL) SKIP_CASE("this kernel has no vCPU 300");
+    CHECK(vcpu >= 0, "errno %d", errno);
+    OK(ioctl(vcpu, KVM_GET_LAPIC, &lapic));
+    CHECK((uint8_t)lapic.regs[0x23] == (300 & 0xff), "ID %d", (uint8_t)lapic.regs[0x23]);
+    OK(ioctl(vcpu, KVM_SET_LAPIC, &lapic));
+    close(vcpu), close(vm);
 }
 
 static void devices(void) {
@@ -343,6 +367,7 @@ static void events_say_what_the_vmm_knows(void) {
 static const struct test_case cases[] = {
     {"addresses and limits", addresses_and_limits},
     {"what can be switched on", what_can_be_switched_on},
+    {"the largest values", the_largest_values},
     {"devices", devices},
     {"machine checks", machine_checks},
     {"an uncorrected error waits for the guest", an_uncorrected_error_waits_for_the_guest},

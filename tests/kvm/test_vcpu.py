@@ -79,6 +79,17 @@ def test_an_answer_is_given_even_if_the_guest_is_not_entered(bench: Bench) -> No
     assert handle.run() == ShutdownExit()
 
 
+def test_a_triple_fault_that_waits_comes_before_the_guest_runs(bench: Bench) -> None:
+    """Also where KVM_RUN is done at once."""
+    vcpu = bench.vcpu()
+    engine = vcpu.vcpu.engine = StopsEngine([PortOut(1, 1, 1), PortOut(1, 1, 2)])
+    assert vcpu.vcpu.run_at_once() == IoExit(1, 1, True, 1)
+    vcpu.vcpu.triple_fault = True
+    assert vcpu.vcpu.run_at_once() is None
+    assert vcpu.run() == ShutdownExit()
+    assert len(engine.stops) == 1, "the guest has not run"
+
+
 def test_a_pending_signal_interrupts_before_the_guest_runs(bench: Bench) -> None:
     handle = bench.vcpu(Store(0, 1), number=9)
 

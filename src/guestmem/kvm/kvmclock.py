@@ -48,7 +48,7 @@ class KvmClock:
         """What time it is is not state."""
 
     def now(self) -> int:
-        return self._timers.now() + self._offset
+        return (self._timers.now() + self._offset) % (1 << 64)
 
     def set(self, nanoseconds: int) -> None:
         self._offset = nanoseconds - self._timers.now()

@@ -10,6 +10,7 @@ api.rst 4.97.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from typing import NamedTuple
 
@@ -74,8 +75,8 @@ def _joined(numbers: list[int], most: int) -> list[range]:
             ranges[-1] = range(ranges[-1].start, max(number + 1, ranges[-1].stop))
         else:
             ranges.append(range(number, number + 1))
-    while len(ranges) > most:
-        gaps = [after.start - before.stop for before, after in itertools.pairwise(ranges)]
-        place = gaps.index(min(gaps))
-        ranges[place : place + 2] = [range(ranges[place].start, ranges[place + 1].stop)]
-    return ranges
+    if len(ranges) <= most:
+        return ranges
+    widest = heapq.nlargest(most - 1, range(1, len(ranges)), key=lambda at: ranges[at].start - ranges[at - 1].stop)
+    cuts = (0, *sorted(widest), len(ranges))
+    return [range(ranges[first].start, ranges[end - 1].stop) for first, end in itertools.pairwise(cuts)]

@@ -69,5 +69,5 @@ def _page_bit(vcpu: Vcpu) -> int:
 
 async def _read(vcpu: Vcpu, gpa: int, size: int) -> int | None:
     """An entry of a table; None if there is no shared memory to read it from."""
-    hva = await map_guest(vcpu.kvm, gpa & ~_page_bit(vcpu))
+    hva = await map_guest(vcpu.kvm, gpa & ~_page_bit(vcpu), write=False)
     return int.from_bytes(ctypes.string_at(hva, size), "little") if hva is not None else None

@@ -2,8 +2,9 @@
 
 A slot with KVM_MEM_USERFAULT names a bitmap, one bit a frame. A guest's access to a frame whose bit is set ends KVM_RUN
 with KVM_EXIT_MEMORY_FAULT and KVM_MEMORY_EXIT_FLAG_USERFAULT; the VMM brings the page, clears the bit and runs again.
-KVM only reads the bitmap, at each fault; setting a bit later does not take a mapping away. KVM's own accesses, which go
-by the host address, do not look.
+KVM only reads the bitmap, at each fault; setting a bit later does not take a mapping away. KVM's own accesses look too,
+since they go by stage 2 here: kvmclock's page or a GHCB that has yet to be brought is not there. In a kernel they go by
+the host address and do not look.
 
 Source: "[PATCH v3 00/15] KVM: Introduce KVM Userfault", kvm_do_userfault.
 """

@@ -163,12 +163,11 @@ class Vcpu:
         if self.guest_mode is not None or self.mp_state != KVM_MP_STATE_RUNNABLE:
             return None
         self.kvm.scheduler.timers.fire_due()
-        interrupts = self.interrupts
-        if interrupts.has_start_event() or interrupts.eoi_exit is not None or self.clock.needs_update:
+        if self._has_requests:
             return None
         self.kvm.entered = True
         self._answer()
-        interrupts.inject()
+        self.interrupts.inject()
         stop = self.engine.run()
         match stop:
             case cpu.PortOut() if not self.kvm.io_devices and not self._ports.get(stop.port):
@@ -180,6 +179,12 @@ class Vcpu:
                 return None
         self._count(exit_)
         return exit_
+
+    @property
+    def _has_requests(self) -> bool:
+        """Whether `_run` has something to do before the guest goes on."""
+        asked = self.interrupts
+        return self.triple_fault or asked.eoi_exit is not None or asked.has_start_event() or self.clock.needs_update
 
     async def _wait_for_launch(self) -> None:
         """Another may be about to finish it. Source: pre_sev_run, without a VMSA; tdx_vcpu_pre_run."""

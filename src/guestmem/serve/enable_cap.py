@@ -74,10 +74,12 @@ def _enable_hypercalls(kvm: Kvm, value: int) -> None:
 
 
 def _limit_vcpu_ids(kvm: Kvm, value: int) -> None:
-    """Raises: Refusal EINVAL `enable_cap.argument`: once, before the first vCPU, and not more than there can be."""
+    """Raises: Refusal EINVAL `enable_cap.argument`: once, before the first vCPU, not more than there can
+    be and not less than the boot CPU has."""
     if value == kvm.max_vcpu_ids:
         return
-    if kvm.created_vcpus or not value <= uapi.KVM_MAX_VCPU_IDS or kvm.max_vcpu_ids != uapi.KVM_MAX_VCPU_IDS:
+    is_late = kvm.created_vcpus or kvm.max_vcpu_ids != uapi.KVM_MAX_VCPU_IDS
+    if is_late or not kvm.bsp_vcpu_id <= value <= uapi.KVM_MAX_VCPU_IDS:
         raise Refusal(errno.EINVAL, "enable_cap.argument", cap=capabilities.MAX_VCPU_ID, value=value)
     kvm.max_vcpu_ids = value or uapi.KVM_MAX_VCPU_IDS
 

@@ -5,7 +5,6 @@ Source: virt/kvm/eventfd.c kvm_ioeventfd, virt/kvm/coalesced_mmio.c.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import struct
@@ -14,7 +13,7 @@ from guestmem.kvm.vm import Kvm
 from guestmem.serve import kvm_run
 from guestmem.serve.call import Call
 from guestmem.serve.files import VmFile
-from guestmem.serve.irqfd import eventfd_id
+from guestmem.serve.irqfd import eventfd_id, signal
 from guestmem.trace import Refusal
 
 _IOEVENTFD = struct.Struct("<QQIiI36x")  # datamatch, addr, len, fd, flags
@@ -49,8 +48,7 @@ class IoEventFd:
             return False
         if datamatch is not None and value != datamatch:
             return False
-        with contextlib.suppress(OSError):  # at its largest value, or no eventfd: the kernel does not look either
-            os.eventfd_write(self.fd, 1)
+        signal(self.fd)
         return True
 
     def close(self) -> None:

@@ -96,7 +96,7 @@ async def _set_boot_cpu_id(call: Call, number: int) -> int:
     kvm = _kvm(call)
     if kvm.created_vcpus:
         raise Refusal(errno.EBUSY, "boot_cpu.late", vcpus=kvm.created_vcpus)
-    if number >= kvm.max_vcpu_ids:
+    if number > kvm.max_vcpu_ids:  # KVM lets the first that there cannot be pass
         raise Refusal(errno.EINVAL, "vcpu.number", vcpu=number, limit=kvm.max_vcpu_ids)
     kvm.bsp_vcpu_id = number
     return 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import struct
 from typing import TYPE_CHECKING, cast
 
@@ -40,6 +41,20 @@ def eventfd_id(fd: int) -> int | None:
     return None
 
 
+def signal(fd: int) -> None:
+    """Add one to an eventfd of a client's, without waiting: at its largest value it stays, and is readable, which is
+    all that counts.
+
+    A write blocks there unless the client has made the descriptor non-blocking, which is not ours to do, and eventfds
+    take no RWF_NOWAIT for writes. So it is looked at first; a client that fills it in between holds the server up.
+    """
+    room = select.poll()
+    room.register(fd, select.POLLOUT)
+    if room.poll(0):
+        with contextlib.suppress(OSError):  # no eventfd: the kernel does not look either
+            os.eventfd_write(fd, 1)
+
+
 class Resampler:
     """The irqfds with resampling of one GSI: they share the line, and all hear of its end."""
 
@@ -52,8 +67,7 @@ class Resampler:
     def acked(self) -> None:
         self._irqchip.set_irq(self.gsi, RESAMPLE_SOURCE, False)
         for fd in self.fds:
-            with contextlib.suppress(OSError):  # at its largest value: it is readable, which is all that counts
-                os.eventfd_write(fd, 1)
+            signal(fd)
 
     def close(self) -> None:
         self._irqchip.set_irq(self.gsi, RESAMPLE_SOURCE, False)

@@ -78,7 +78,7 @@ class Lapic:
         """
         if not is_init:
             self.base = reg.BASE_DEFAULT | reg.BASE_ENABLED | (reg.BASE_BSP if self.is_bsp else 0)
-            self.id = self.number
+            self.id = self.number & 0xFF  # the register has eight bits
         self.timer.stop()
         self.timer.set_mode(TimerMode.ONE_SHOT)
         self.lvt = dict.fromkeys(reg.LVT_WRITABLE, reg.LVT_MASKED)
@@ -128,7 +128,7 @@ class Lapic:
             return False
         self.base = value
         if (mode ^ old_mode) & reg.BASE_ENABLED and mode:
-            self.id = self.number
+            self.id = self.number & 0xFF  # the register has eight bits
         if mode == both and old_mode != both:
             self.ldr = self.number >> 4 << 16 | 1 << (self.number & 0xF)
         self._bus.ids_changed()

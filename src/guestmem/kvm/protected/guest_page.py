@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from guestmem.kvm.vm import Kvm
 
 
-async def map_guest(kvm: Kvm, gpa: int) -> int | None:
-    """The server's address of `gpa`, good to write until the next await; None if no shared memory is there."""
+async def map_guest(kvm: Kvm, gpa: int, write: bool = True) -> int | None:
+    """The server's address of `gpa`, good to write, or only to read, until the next await; None if no shared memory is
+    there."""
     while True:
-        found = kvm.stage2.translate(gpa, True, False)
+        found = kvm.stage2.translate(gpa, write, False)
         if found is not None:
             return found.hva + gpa % PAGE_SIZE
         try:
-            result = await page_fault(kvm, gpa, write=True, private=False)
+            result = await page_fault(kvm, gpa, write=write, private=False)
         except Refusal:
             return None
         if result is FaultResult.MMIO:
