@@ -41,6 +41,7 @@ from guestmem.kvm.set_region import set_user_memory_region2
 from guestmem.kvm.vcpu import Vcpu, create_vcpu
 from guestmem.kvm.vm import Kvm, KvmEnvironment
 from guestmem.kvm.vm_attributes import set_memory_attributes
+from guestmem.kvm.vm_irqchip import any_irqchip, create_irqchip, create_pit, split_irqchip
 from guestmem.memory import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -325,12 +326,15 @@ class Vm:
             self.kvm.enabled_hypercalls |= 1 << number
 
     def create_irqchip(self, *, split_pins: int | None = None, pit: bool = False) -> IrqChip:
-        """KVM_CREATE_IRQCHIP, and KVM_CREATE_PIT2 with `pit`; KVM_CAP_SPLIT_IRQCHIP with `split_pins`. Before vCPUs."""
-        timers = self.host.scheduler.timers
-        irqchip = self.kvm.irqchip = IrqChip(timers, split_pins is not None, split_pins or 0)
+        """KVM_CREATE_IRQCHIP, and KVM_CREATE_PIT2 with `pit`; KVM_CAP_SPLIT_IRQCHIP with `split_pins`. Before vCPUs.
+        Raises: Refusal `irqchip.*`, `pit.*`."""
+        if split_pins is None:
+            create_irqchip(self.kvm)
+        else:
+            split_irqchip(self.kvm, split_pins)
         if pit:
-            irqchip.create_pit(has_speaker=True)
-        return irqchip
+            create_pit(self.kvm, has_speaker=True)
+        return any_irqchip(self.kvm)
 
     def create_vcpu(self, number: int = 0) -> VcpuHandle:
         """KVM_CREATE_VCPU."""

@@ -110,7 +110,7 @@ async def _dispatch(caller: Caller, file: OpenFile, request: int, argument: int)
     raise Refusal(errno.ENOTTY, "ioctl.unknown", request=request, on="other file")
 
 
-_UNKNOWN = {"VM": errno.ENOTTY, "vCPU": errno.EINVAL}
+UNKNOWN = {"VM": errno.ENOTTY, "vCPU": errno.EINVAL}
 
 
 def built_request(kvm: Kvm, request: int, on: str) -> int:
@@ -120,7 +120,7 @@ def built_request(kvm: Kvm, request: int, on: str) -> int:
     """
     ours = kvm.level.request(request)
     if ours is None:
-        raise Refusal(_UNKNOWN[on], "ioctl.not_built", request=request, on=on, level=kvm.level.name)
+        raise Refusal(UNKNOWN[on], "ioctl.not_built", request=request, on=on, level=kvm.level.name)
     return ours
 
 

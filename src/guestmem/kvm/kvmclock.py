@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 WALL_CLOCK, SYSTEM_TIME = 0x11, 0x12
 WALL_CLOCK_NEW, SYSTEM_TIME_NEW = 0x4B56_4D00, 0x4B56_4D01
-MSRS = frozenset((WALL_CLOCK, SYSTEM_TIME, WALL_CLOCK_NEW, SYSTEM_TIME_NEW))
+STOPS = (range(WALL_CLOCK, SYSTEM_TIME + 1), range(WALL_CLOCK_NEW, SYSTEM_TIME_NEW + 1))
+MSRS = frozenset(index for range_ in STOPS for index in range_)
 FLAG_TSC_STABLE, FLAG_REALTIME, FLAG_HOST_TSC = 2, 4, 8
+CLOCK_FLAGS = FLAG_TSC_STABLE | FLAG_REALTIME | FLAG_HOST_TSC
 """Of struct kvm_clock_data."""
 _NSEC = 1_000_000_000
 _ENABLED = 1
-_TIME_INFO = struct.Struct(
-    "<IIQQIbB2x"
-)  # version, pad, tsc_timestamp, system_time, tsc_to_system_mul, tsc_shift, flags
+_TIME_INFO = struct.Struct("<IIQQIbB2x")
+"""struct pvclock_vcpu_time_info: version, pad, tsc_timestamp, system_time, tsc_to_system_mul, tsc_shift, flags."""
 _TSC_STABLE_BIT, _GUEST_STOPPED = 1, 2
 _WALL = struct.Struct("<III")  # version, sec, nsec
 

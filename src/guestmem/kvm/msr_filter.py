@@ -10,6 +10,7 @@ api.rst 4.97.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from typing import NamedTuple
@@ -56,15 +57,20 @@ class MsrFilter(NamedTuple):
     def stops(self) -> tuple[range, ...]:
         """Where the engine has to stop: everything that is denied to either access, and where that would be too many
         ranges, what lies between them as well."""
-        if not self.allow_by_default:
-            return (range(_UNFILTERED.start), range(_UNFILTERED.stop, _INDICES))
-        denied = sorted(
-            index
-            for range_ in self.ranges
-            for index in range(range_.first, range_.first + range_.size)
-            if not (self.allows(index, False) and self.allows(index, True))
-        )
-        return tuple(_joined(denied, _MOST_STOPS))
+        return _stops(self)
+
+
+@functools.lru_cache(maxsize=8)  # every vCPU of a VM asks
+def _stops(asked: MsrFilter) -> tuple[range, ...]:
+    if not asked.allow_by_default:
+        return (range(_UNFILTERED.start), range(_UNFILTERED.stop, _INDICES))
+    denied = sorted(
+        index
+        for range_ in asked.ranges
+        for index in range(range_.first, range_.first + range_.size)
+        if not (asked.allows(index, False) and asked.allows(index, True))
+    )
+    return tuple(_joined(denied, _MOST_STOPS))
 
 
 def _joined(numbers: list[int], most: int) -> list[range]:

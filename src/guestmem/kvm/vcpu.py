@@ -10,8 +10,9 @@ Source: arch/x86/kvm/x86.c vcpu_enter_guest, vcpu_run; Documentation/virt/kvm/ap
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+from guestmem.cpu import cpuid
 from guestmem.cpu import engine as cpu
 from guestmem.cpu.engine import Engine
 from guestmem.kvm import msr_access
@@ -34,16 +35,13 @@ from guestmem.kvm.exits import (
     UninitializedExit,
 )
 from guestmem.kvm.identity import Identity
-from guestmem.kvm.irqchip.chip import Ports
-from guestmem.kvm.irqchip.ioapic import LENGTH as IOAPIC_LENGTH
-from guestmem.kvm.irqchip.ioapic import IoApic
 from guestmem.kvm.irqchip.lapic import Lapic
-from guestmem.kvm.irqchip.lapic_registers import TPR
 from guestmem.kvm.kvmclock import VcpuClock
 from guestmem.kvm.mce import MachineCheck
 from guestmem.kvm.mmu import FaultResult, page_fault
 from guestmem.kvm.protected import guest_instructions
 from guestmem.kvm.protected.guest_mode import GuestMode
+from guestmem.kvm.vcpu_devices import VcpuDevices
 from guestmem.kvm.vcpu_interrupts import VcpuInterrupts
 from guestmem.kvm.vcpu_msrs import stops
 from guestmem.kvm.vm import Kvm
@@ -59,12 +57,10 @@ from guestmem.uapi.kvm import (
     KVM_MP_STATE_HALTED,
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_UNINITIALIZED,
-    MAX_PHYSICAL_ADDRESS_BITS,
 )
 
 _MEMORY_FAULTS = (errno.EFAULT, EHWPOISON)
 _U64 = 1 << 64
-_PHYSICAL = (1 << MAX_PHYSICAL_ADDRESS_BITS) - 1
 _CPUID_X2APIC, _CPUID_TSC_DEADLINE = 1 << 21, 1 << 24
 _DEVICES_IN_A_ROW = 32
 """Accesses to controllers after which others may run, though the slice is not over."""
@@ -94,6 +90,7 @@ class Vcpu:
         self.guest_mode = GuestMode(self) if kvm.machine.architecture.has_vcpus else None
         self.interrupts = VcpuInterrupts(self)
         self.clock = VcpuClock(self)
+        self.devices = VcpuDevices(self)
         self._devices_in_a_row = 0
         self.machine_check = MachineCheck()
         self.triple_fault = False  # KVM_REQ_TRIPLE_FAULT
@@ -122,7 +119,7 @@ class Vcpu:
         self.cpuid = table
         self.engine.set_cpuid(table)
         if self.lapic is not None:
-            features = table.get((1, 0), (0, 0, 0, 0))[2]
+            features = cpuid.lookup(table, 1, 0)[2]
             self.lapic.has_x2apic = bool(features & _CPUID_X2APIC)
             self.lapic.has_tsc_deadline = bool(features & _CPUID_TSC_DEADLINE)
 
@@ -170,9 +167,9 @@ class Vcpu:
         self.interrupts.inject()
         stop = self.engine.run()
         match stop:
-            case cpu.PortOut() if not self.kvm.io_devices and not self._ports.get(stop.port):
+            case cpu.PortOut() if not self.kvm.io_devices and not self.devices.has_port(stop.port):
                 exit_: Exit = IoExit(stop.port, stop.size, True, stop.value)
-            case cpu.PortIn() if not self._ports.get(stop.port):
+            case cpu.PortIn() if not self.devices.has_port(stop.port):
                 exit_ = self._wait_for_answer(IoExit(stop.port, stop.size, False, count=stop.count))
             case _:
                 self._begun = stop
@@ -282,19 +279,19 @@ class Vcpu:
             case cpu.Stage2Miss():
                 return await self._page_fault(stop)
             case cpu.PortOut():
-                if self._write_port(stop) or self._taken(stop.port, stop.size, stop.value, is_port=True):
+                if self.devices.write_port(stop):
                     return None
                 return IoExit(stop.port, stop.size, True, stop.value)
             case cpu.PortIn():
-                if self._read_port(stop):
+                if self.devices.read_port(stop):
                     return None
                 return self._wait_for_answer(IoExit(stop.port, stop.size, False, count=stop.count))
             case cpu.MmioWrite():
-                if self._write_mmio(stop) or self._taken(stop.gpa, stop.size, stop.value, is_port=False):
+                if self.devices.write_mmio(stop):
                     return None
                 return MmioExit(stop.gpa, stop.size, True, stop.value)
             case cpu.MmioRead():
-                if self._read_mmio(stop):
+                if self.devices.read_mmio(stop):
                     return None
                 return self._wait_for_answer(MmioExit(stop.gpa, stop.size, False))
             case cpu.ReadMsr() | cpu.WriteMsr():
@@ -343,10 +340,6 @@ class Vcpu:
         self.unanswered = exit_
         return exit_
 
-    def _taken(self, address: int, size: int, value: int, is_port: bool) -> bool:
-        """Whether something in the kernel takes a write, so that it is no exit. Source: kvm_io_bus_write."""
-        return any(device.write(address, size, value, is_port) for device in self.kvm.io_devices)
-
     async def _halt(self) -> Exit | None:
         """With an APIC in the kernel the vCPU sleeps there. A protected one's MP state says who started it, and not
         that it sleeps. Source: __kvm_emulate_halt."""
@@ -357,60 +350,10 @@ class Vcpu:
             return None
         return None if await self._sleep(self.interrupts.wakes) else InterruptedExit(by_signal=True)
 
-    # Devices in the kernel
-
     @staticmethod
     def _is_kernels_own(stop: cpu.Stop | FailEntryExit) -> bool:
         """A stop that costs the guest little and comes often: others need not run after each."""
         return isinstance(stop, cpu.PortOut | cpu.PortIn | cpu.MmioRead | cpu.MmioWrite | cpu.ReadMsr | cpu.WriteMsr)
-
-    @property
-    def _ports(self) -> Mapping[int, Ports]:
-        irqchip = self.kvm.irqchip
-        return irqchip.ports if irqchip is not None else {}
-
-    def _write_port(self, stop: cpu.PortOut) -> bool:
-        device = self._ports.get(stop.port)
-        if device is not None:
-            device.write(stop.port, stop.size, stop.value)
-        return device is not None
-
-    def _read_port(self, stop: cpu.PortIn) -> bool:
-        device = self._ports.get(stop.port)
-        if device is None:
-            return False
-        mask = (1 << 8 * stop.size) - 1
-        values = (device.read(stop.port, stop.size) & mask for _ in range(stop.count))
-        self.engine.complete(sum(value << 8 * stop.size * place for place, value in enumerate(values)))
-        return True
-
-    def _read_mmio(self, stop: cpu.MmioRead) -> bool:
-        device, offset = self._mmio_device(stop.gpa)
-        if device is None:
-            return False
-        self.engine.complete(device.mmio_read(offset, stop.size))
-        return True
-
-    def _write_mmio(self, stop: cpu.MmioWrite) -> bool:
-        device, offset = self._mmio_device(stop.gpa)
-        if device is None:
-            return False
-        device.mmio_write(offset, stop.size, stop.value)
-        if offset >> 4 == TPR and device is self.lapic:
-            self.interrupts.give_tpr()
-        return True
-
-    def _mmio_device(self, gpa: int) -> tuple[Lapic | IoApic | None, int]:
-        """What is at `gpa` besides memory, and how far into it. Source: vcpu_mmio_write."""
-        lapic, irqchip = self.lapic, self.kvm.irqchip
-        if lapic is None or irqchip is None:
-            return None, 0
-        if gpa & -PAGE_SIZE == lapic.base & -PAGE_SIZE & _PHYSICAL:
-            return lapic, gpa & PAGE_SIZE - 1
-        ioapic = irqchip.ioapic
-        if ioapic is not None and 0 <= gpa - ioapic.base < IOAPIC_LENGTH:
-            return ioapic, gpa - ioapic.base
-        return None, 0
 
     def _wait_for_msr(self, exit_: MsrExit | None) -> MsrExit | None:
         if exit_ is not None:
@@ -419,7 +362,7 @@ class Vcpu:
 
     async def _page_fault(self, stop: cpu.Stage2Miss) -> Exit | None:
         kvm = self.kvm
-        if self._mmio_device(stop.gpa)[0] is not None and kvm.memslots.find(gfn_of(stop.gpa)) is None:
+        if self.devices.at(stop.gpa) and kvm.memslots.find(gfn_of(stop.gpa)) is None:
             return await self._handle(self.engine.emulate_mmio(stop.gpa, stop.write))
         result = "exit"
         try:

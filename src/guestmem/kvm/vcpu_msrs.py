@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from guestmem.cpu.engine import CpuState
+from guestmem.cpu.msrs import APIC_BASE, TSC, TSC_ADJUST
 from guestmem.kvm import kvmclock, mce
 from guestmem.kvm.irqchip import lapic_registers
 
 if TYPE_CHECKING:
     from guestmem.kvm.vcpu import Vcpu
 
-APIC_BASE, TSC, TSC_ADJUST, TSC_DEADLINE = 0x1B, 0x10, 0x3B, 0x6E0
+TSC_DEADLINE = 0x6E0
 X2APIC = range(0x800, 0x900)
-CLOCK_STOPS = (range(0x11, 0x13), range(0x4B56_4D00, 0x4B56_4D02))
 APIC_STOPS = (range(APIC_BASE, APIC_BASE + 1), range(TSC_DEADLINE, TSC_DEADLINE + 1), X2APIC)
 _REGISTERS = 0x40
 _TSC_AND_TIMERS = frozenset((TSC, TSC_ADJUST))
@@ -26,7 +26,7 @@ _TSC_AND_TIMERS = frozenset((TSC, TSC_ADJUST))
 
 def stops(vcpu: Vcpu) -> tuple[range, ...]:
     """What the engine of `vcpu` is to stop at."""
-    return mce.STOPS + (CLOCK_STOPS if vcpu.lapic is None else CLOCK_STOPS + APIC_STOPS)
+    return mce.STOPS + (kvmclock.STOPS if vcpu.lapic is None else kvmclock.STOPS + APIC_STOPS)
 
 
 def is_known(vcpu: Vcpu, index: int) -> bool:

@@ -6,6 +6,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from guestmem.kvm.vm import Kvm
 from guestmem.memory import File
 from guestmem.serve.channel import ClientGone
 from guestmem.serve.client_thread import ClientThread
@@ -51,6 +52,12 @@ class Call:
         self.a = self.b = self.c = 0
         self._argument_size = 0
         self._written: bytearray | None = None
+
+    @property
+    def kvm(self) -> Kvm:
+        """The VM of a call that is made on one."""
+        assert isinstance(self.file, VmFile)
+        return self.file.kvm
 
     # The argument of an ioctl, which came with the request and goes back with the answer
 

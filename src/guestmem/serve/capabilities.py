@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from guestmem.kvm import kvmclock
 from guestmem.kvm.gmem import supported_flags
+from guestmem.kvm.irqchip import chip, routing
 from guestmem.kvm.mce import MAX_BANKS
 from guestmem.kvm.vm import Kvm
+from guestmem.serve import sync_regs
 from guestmem.uapi.kvm import (
     KVM_CAP_VM_COPY_ENC_CONTEXT_FROM,
     KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM,
@@ -28,9 +31,7 @@ MAX_VCPU_ID, EXCEPTION_PAYLOAD, HALT_POLL, USER_SPACE_MSR, ENFORCE_PV_FEATURE_CP
 TRIPLE_FAULT_EVENT = 218
 EXIT_HYPERCALL_VALID = 1 << 12
 QUIRKS_VALID = 0xFF
-X2APIC_API_VALID = 0b1111
-_X2APIC_SUPPRESS_EOI = 0b100
-_CLOCK_FLAGS = 0b1110  # TSC_STABLE, REALTIME, HOST_TSC
+X2APIC_API_VALID = chip.X2APIC_API
 _GUEST_DEBUG = 0x1F_0003  # ENABLE, SINGLESTEP, USE_SW_BP, USE_HW_BP, INJECT_DB, INJECT_BP, BLOCKIRQ
 
 _CONSTANT = {
@@ -51,7 +52,7 @@ _CONSTANT = {
     22: 1,  # USER_NMI
     23: 1,  # SET_GUEST_DEBUG
     24: 1,  # REINJECT_CONTROL
-    25: 4096,  # IRQ_ROUTING
+    25: routing.MAX_ROUTES,  # IRQ_ROUTING
     26: 1,  # IRQ_INJECT_STATUS
     30: 1,  # JOIN_MEMORY_REGIONS_WORKS
     31: MAX_BANKS,  # MCE
@@ -61,7 +62,7 @@ _CONSTANT = {
     35: 1,  # PIT_STATE2
     36: 1,  # IOEVENTFD
     37: 1,  # SET_IDENTITY_MAP_ADDR
-    39: _CLOCK_FLAGS,  # ADJUST_CLOCK
+    39: kvmclock.CLOCK_FLAGS,  # ADJUST_CLOCK
     40: 1,  # INTERNAL_ERROR_DATA
     41: 1,  # VCPU_EVENTS
     50: 1,  # DEBUGREGS
@@ -72,7 +73,7 @@ _CONSTANT = {
     61: 1,  # GET_TSC_KHZ
     66: KVM_MAX_VCPUS,
     72: 1,  # TSC_DEADLINE_TIMER
-    74: 0b111,  # SYNC_REGS: regs, sregs, events
+    74: sync_regs.VALID,  # SYNC_REGS: regs, sregs, events
     76: 1,  # KVMCLOCK_CTRL
     77: 1,  # SIGNAL_MSI
     81: 1,  # READONLY_MEM
@@ -147,7 +148,7 @@ def _gmem_attributes(level: AbiLevel, kvm: Kvm | None) -> int:
 def _x2apic_api(level: AbiLevel, kvm: Kvm | None) -> int:
     """Whether EOI broadcasts may be suppressed is known once there is an IOAPIC, or is none."""
     is_split = kvm is None or (kvm.irqchip is not None and kvm.irqchip.is_split)
-    return X2APIC_API_VALID if is_split else X2APIC_API_VALID & ~_X2APIC_SUPPRESS_EOI
+    return X2APIC_API_VALID if is_split else X2APIC_API_VALID & ~chip.X2APIC_SUPPRESS_EOI
 
 
 _SPECIAL: dict[int, Callable[[AbiLevel, Kvm | None], int]] = {

@@ -5,14 +5,13 @@ Source: arch/x86/kvm/x86.c kvm_arch_vcpu_ioctl_translate, kvm_arch_vcpu_ioctl_se
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import struct
 
 from guestmem.kvm.translate import translate as translate_linear
 from guestmem.serve.call import Call
 from guestmem.serve.files import VcpuFile
-from guestmem.serve.vcpu_state import cpu
+from guestmem.serve.vcpu_state import cpu, inject_exception
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 
@@ -49,10 +48,6 @@ async def set_guest_debug(call: Call, argument: int) -> int:
             events = cpu(vcpu).get_events()
             if events.exception_pending or events.exception_injected:
                 raise Refusal(errno.EBUSY, "guest_debug.pending", exception=events.exception_nr)
-            vector = _DB if control & uapi.KVM_GUESTDBG_INJECT_DB else _BP
-            injected = dataclasses.replace(
-                events, exception_injected=True, exception_nr=vector, exception_error_code=None
-            )
-            cpu(vcpu).set_events(injected)
+            inject_exception(vcpu, _DB if control & uapi.KVM_GUESTDBG_INJECT_DB else _BP)
         cpu(vcpu).set_guest_debug(control if control & uapi.KVM_GUESTDBG_ENABLE else 0, tuple(registers))
     return 0

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from guestmem.iommu import ioctl as iommu_ioctl
-from guestmem.kvm.ioctl import built_request, gmem_ioctl
+from guestmem.kvm.ioctl import UNKNOWN, built_request, gmem_ioctl
 from guestmem.kvm.vm import Kvm
 from guestmem.serve import kvm_devices, system_ioctls, vcpu_ioctls, vm_ioctls
 from guestmem.serve.call import Call
@@ -29,7 +29,7 @@ IoctlHandler: TypeAlias = Callable[[Call, int], Awaitable[int]]
 Table: TypeAlias = Mapping[int, IoctlHandler]
 
 _IOC_READ = 2
-_UNKNOWN = {"/dev/kvm": errno.EINVAL, "VM": errno.ENOTTY, "vCPU": errno.EINVAL}
+_UNKNOWN = {"/dev/kvm": errno.EINVAL, **UNKNOWN}
 
 
 async def ioctl(call: Call) -> int:
@@ -47,9 +47,7 @@ async def ioctl(call: Call) -> int:
 def _wrong_file(refusal: Refusal, homes: Sequence[str]) -> Refusal:
     """The program's mistake, then, and nothing that is lacking."""
     on, of = refusal.facts.get("on"), " or ".join(homes)
-    if refusal.errno == errno.ENOTTY:
-        return Refusal(errno.ENOTTY, "ioctl.wrong_file", on=on, of=of)
-    return Refusal(errno.EINVAL, "ioctl.wrong_file", on=on, of=of)
+    return Refusal(refusal.errno or errno.EINVAL, "ioctl.wrong_file", on=on, of=of)
 
 
 async def _ioctl(call: Call) -> int:

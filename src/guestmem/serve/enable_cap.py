@@ -11,11 +11,11 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
+from guestmem.kvm import vm_irqchip
 from guestmem.kvm.enc_context import copy_enc_context_from, move_enc_context_from
 from guestmem.kvm.vm import Kvm
-from guestmem.serve import capabilities, irqchip_ioctls, msr_filter_ioctls
+from guestmem.serve import capabilities, msr_filter_ioctls
 from guestmem.serve.call import Call, CallFiles
-from guestmem.serve.files import VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 
@@ -27,8 +27,7 @@ _MSR_REASONS = uapi.KVM_MSR_EXIT_REASON_INVAL | uapi.KVM_MSR_EXIT_REASON_UNKNOWN
 async def enable_vm_cap(call: Call, argument: int) -> int:
     """Raises: Refusal EINVAL `enable_cap.argument`; as what it switches on."""
     cap, flags, value, *_ = _ENABLE_CAP.unpack(await call.client.memory.copy_from_user(argument, _ENABLE_CAP.size))
-    assert isinstance(call.file, VmFile)
-    kvm = call.file.kvm
+    kvm = call.kvm
     if not flags and kvm.level.link and cap in _CONTEXT_FROM:
         files = CallFiles(call)
         await files.look_up(value & 0xFFFF_FFFF)
@@ -94,9 +93,9 @@ def _triple_fault_event(kvm: Kvm, value: int) -> None:
 
 _OF_A_VM = {
     capabilities.DISABLE_QUIRKS: _Enabled(_ANY, _no_difference),
-    capabilities.SPLIT_IRQCHIP: _Enabled(_ANY, irqchip_ioctls.split_irqchip),  # how many lines, checked there
+    capabilities.SPLIT_IRQCHIP: _Enabled(_ANY, vm_irqchip.split_irqchip),  # how many lines, checked there
     capabilities.MAX_VCPU_ID: _Enabled(_ANY, _limit_vcpu_ids),
-    capabilities.X2APIC_API: _Enabled(capabilities.X2APIC_API_VALID, irqchip_ioctls.x2apic_api),
+    capabilities.X2APIC_API: _Enabled(capabilities.X2APIC_API_VALID, vm_irqchip.enable_x2apic_api),
     capabilities.EXCEPTION_PAYLOAD: _Enabled(_ANY, _exception_payload),
     capabilities.HALT_POLL: _Enabled(0xFFFF_FFFF, _no_difference),
     capabilities.USER_SPACE_MSR: _Enabled(_MSR_REASONS, msr_filter_ioctls.user_space_msrs),

@@ -9,7 +9,6 @@ import errno
 import os
 import struct
 
-from guestmem.kvm.vm import Kvm
 from guestmem.serve import kvm_run
 from guestmem.serve.call import Call
 from guestmem.serve.files import VmFile
@@ -71,11 +70,6 @@ class CoalescedZone:
         """The ring is the VM's."""
 
 
-def _kvm(call: Call) -> Kvm:
-    assert isinstance(call.file, VmFile)
-    return call.file.kvm
-
-
 async def ioeventfd(call: Call, argument: int) -> int:
     """KVM_IOEVENTFD.
 
@@ -87,7 +81,7 @@ async def ioeventfd(call: Call, argument: int) -> int:
     known = _DATAMATCH | _PIO | _DEASSIGN
     if size not in _LENGTHS or address + size >= 1 << 64 or flags & ~known or (not size and flags & _DATAMATCH):
         raise Refusal(errno.EINVAL, "ioeventfd.argument", address=address, size=size, flags=flags)
-    kvm = _kvm(call)
+    kvm = call.kvm
     fd = await call.take_descriptor(number)
     new = IoEventFd(fd, address, size, bool(flags & _PIO), datamatch if flags & _DATAMATCH else None)
     if new.identity is None:
@@ -113,14 +107,14 @@ async def register_coalesced(call: Call, argument: int) -> int:
     """KVM_REGISTER_COALESCED_MMIO. Raises: Refusal EINVAL `coalesced.zone`."""
     start, size, pio = await _zone(call, argument)
     assert isinstance(call.file, VmFile)
-    _kvm(call).io_devices.append(CoalescedZone(call.file.ring, start, size, bool(pio)))
+    call.kvm.io_devices.append(CoalescedZone(call.file.ring, start, size, bool(pio)))
     return 0
 
 
 async def unregister_coalesced(call: Call, argument: int) -> int:
     """KVM_UNREGISTER_COALESCED_MMIO: every zone inside the range goes."""
     start, size, pio = await _zone(call, argument)
-    kvm = _kvm(call)
+    kvm = call.kvm
     for device in list(kvm.io_devices):
         if isinstance(device, CoalescedZone):
             at, length, is_port = device.key

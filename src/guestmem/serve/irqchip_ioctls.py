@@ -11,19 +11,15 @@ import time
 
 from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.kvm import kvmclock
-from guestmem.kvm.irqchip import USERSPACE_SOURCE, IrqChip, MsiRoute, routing
-from guestmem.kvm.irqchip.chip import STATE_SIZE, X2APIC_NO_SUPPRESS_EOI, X2APIC_SUPPRESS_EOI
+from guestmem.kvm.irqchip import USERSPACE_SOURCE, MsiRoute, routing
+from guestmem.kvm.irqchip.chip import STATE_SIZE
 from guestmem.kvm.irqchip.pit import STATE_SIZE as PIT_STATE_SIZE
-from guestmem.kvm.irqchip.pit import Pit
-from guestmem.kvm.vm import Kvm
+from guestmem.kvm.vm_irqchip import any_irqchip, create_irqchip, create_pit, full_irqchip, pit_of, set_boot_cpu
 from guestmem.serve import irqfd
 from guestmem.serve.call import Call
-from guestmem.serve.files import VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
-from guestmem.uapi.kvm import VmType
 
-_PROTECTED_EOI = (VmType.TDX,)
 _IRQ_LEVEL = struct.Struct("<II")  # irq or status, level
 _CHIP_HEAD = struct.Struct("<II")
 _ROUTING_HEAD = struct.Struct("<II")  # nr, flags
@@ -33,83 +29,24 @@ _PIT_SPEAKER = 1
 _COUNTERS_SIZE = 72
 _CHIPS = 3
 _CLOCK = struct.Struct("<QIIQQ16x")  # clock, flags, pad, realtime, host_tsc
-_CLOCK_FLAGS = kvmclock.FLAG_TSC_STABLE | kvmclock.FLAG_REALTIME | kvmclock.FLAG_HOST_TSC
-
-
-def _kvm(call: Call) -> Kvm:
-    assert isinstance(call.file, VmFile)
-    return call.file.kvm
 
 
 # Making them
 
 
 async def _create_irqchip(call: Call, argument: int) -> int:
-    """Raises: Refusal EEXIST `irqchip.exists`; ENOTTY `irqchip.protected`; EINVAL `irqchip.late` after vCPUs."""
-    kvm = _kvm(call)
-    _check_no_irqchip(kvm)
-    if kvm.vm_type in _PROTECTED_EOI:
-        raise Refusal(errno.ENOTTY, "irqchip.protected", vm=kvm.number)
-    if kvm.created_vcpus:
-        raise Refusal(errno.EINVAL, "irqchip.late", vcpus=kvm.created_vcpus)
-    _install(kvm, IrqChip(kvm.scheduler.timers))
+    """Raises: as create_irqchip."""
+    create_irqchip(call.kvm)
     return 0
 
 
-def split_irqchip(kvm: Kvm, pins: int) -> None:
-    """KVM_CAP_SPLIT_IRQCHIP: the APICs are the kernel's, the other controllers the VMM's, whose IOAPIC has `pins` GSIs.
-
-    Raises: Refusal EINVAL `irqchip.pins`; EEXIST `irqchip.exists`, `irqchip.split_late`.
-    """
-    if pins > routing.MAX_ROUTES:
-        raise Refusal(errno.EINVAL, "irqchip.pins", pins=pins, limit=routing.MAX_ROUTES)
-    _check_no_irqchip(kvm)
-    if kvm.created_vcpus:
-        raise Refusal(errno.EEXIST, "irqchip.split_late", vcpus=kvm.created_vcpus)
-    _install(kvm, IrqChip(kvm.scheduler.timers, is_split=True, reserved_pins=pins))
-
-
-def _install(kvm: Kvm, irqchip: IrqChip) -> None:
-    irqchip.set_x2apic_api(kvm.x2apic_api)
-    kvm.irqchip = irqchip
-
-
-def x2apic_api(kvm: Kvm, flags: int) -> None:
-    """KVM_CAP_X2APIC_API, before or after there are controllers. Raises: Refusal EINVAL `x2apic_api.eoi`, for both of
-    the flags about EOI broadcasts, or where the IOAPIC that would hear of them is the kernel's."""
-    about_eoi = flags & (X2APIC_SUPPRESS_EOI | X2APIC_NO_SUPPRESS_EOI)
-    is_split = kvm.irqchip is not None and kvm.irqchip.is_split
-    if about_eoi.bit_count() == 2 or (flags & X2APIC_SUPPRESS_EOI and not is_split):
-        raise Refusal(errno.EINVAL, "x2apic_api.eoi", flags=flags)
-    kvm.x2apic_api |= flags
-    if kvm.irqchip is not None:
-        kvm.irqchip.set_x2apic_api(kvm.x2apic_api)
-
-
-def _check_no_irqchip(kvm: Kvm) -> None:
-    if kvm.apic_in_kernel:
-        raise Refusal(errno.EEXIST, "irqchip.exists", vm=kvm.number)
-
-
 async def _set_boot_cpu_id(call: Call, number: int) -> int:
-    """Raises: Refusal EBUSY `boot_cpu.late`; EINVAL `vcpu.number`."""
-    kvm = _kvm(call)
-    if kvm.created_vcpus:
-        raise Refusal(errno.EBUSY, "boot_cpu.late", vcpus=kvm.created_vcpus)
-    if number > kvm.max_vcpu_ids:  # KVM lets the first that there cannot be pass
-        raise Refusal(errno.EINVAL, "vcpu.number", vcpu=number, limit=kvm.max_vcpu_ids)
-    kvm.bsp_vcpu_id = number
+    """Raises: as set_boot_cpu."""
+    set_boot_cpu(call.kvm, number)
     return 0
 
 
 # State
-
-
-def _full_irqchip(kvm: Kvm) -> IrqChip:
-    """Raises: Refusal ENXIO `irqchip.none`."""
-    if kvm.irqchip is None or kvm.irqchip.is_split:
-        raise Refusal(errno.ENXIO, "irqchip.none", vm=kvm.number)
-    return kvm.irqchip
 
 
 def _check_chip(chip: int) -> None:
@@ -120,7 +57,7 @@ def _check_chip(chip: int) -> None:
 async def _get_irqchip(call: Call, argument: int) -> int:
     """struct kvm_irqchip: id, padding, 512 bytes of state."""
     chip, _ = _CHIP_HEAD.unpack(await call.client.memory.copy_from_user(argument, _CHIP_HEAD.size))
-    irqchip = _full_irqchip(_kvm(call))
+    irqchip = full_irqchip(call.kvm)
     _check_chip(chip)
     await call.client.memory.copy_to_user(argument + _CHIP_HEAD.size, irqchip.get_state(chip))
     return 0
@@ -129,68 +66,53 @@ async def _get_irqchip(call: Call, argument: int) -> int:
 async def _set_irqchip(call: Call, argument: int) -> int:
     data = await call.client.memory.copy_from_user(argument, _CHIP_HEAD.size + STATE_SIZE)
     chip, _ = _CHIP_HEAD.unpack_from(data)
-    irqchip = _full_irqchip(_kvm(call))
+    irqchip = full_irqchip(call.kvm)
     _check_chip(chip)
     irqchip.set_state(chip, data[_CHIP_HEAD.size :])
     return 0
 
 
 async def _create_pit2(call: Call, argument: int) -> int:
-    """Raises: as _new_pit."""
+    """Raises: as create_pit."""
     (flags,) = struct.unpack_from("<I", await call.client.memory.copy_from_user(argument, 64))
-    return _new_pit(_kvm(call), bool(flags & _PIT_SPEAKER))
-
-
-async def _create_pit(call: Call, argument: int) -> int:
-    """The older call, with the speaker's port. Raises: as _new_pit."""
-    return _new_pit(_kvm(call), has_speaker=True)
-
-
-def _new_pit(kvm: Kvm, has_speaker: bool) -> int:
-    """Raises: Refusal EEXIST `irqchip.exists`; ENOENT `pit.no_pic` without an 8259A to tick at."""
-    if kvm.irqchip is not None and kvm.irqchip.pit is not None:
-        raise Refusal(errno.EEXIST, "irqchip.exists", vm=kvm.number)
-    if kvm.irqchip is None or kvm.irqchip.pic is None:
-        raise Refusal(errno.ENOENT, "pit.no_pic", vm=kvm.number)
-    kvm.irqchip.create_pit(has_speaker)
+    create_pit(call.kvm, bool(flags & _PIT_SPEAKER))
     return 0
 
 
-def _pit(kvm: Kvm) -> Pit:
-    """Raises: Refusal ENXIO `pit.none`."""
-    if kvm.irqchip is None or kvm.irqchip.pit is None:
-        raise Refusal(errno.ENXIO, "pit.none", vm=kvm.number)
-    return kvm.irqchip.pit
+async def _create_pit(call: Call, argument: int) -> int:
+    """The older call, with the speaker's port. Raises: as create_pit."""
+    create_pit(call.kvm, has_speaker=True)
+    return 0
 
 
 async def _get_pit(call: Call, argument: int) -> int:
     """struct kvm_pit_state: the counters alone."""
-    await call.client.memory.copy_to_user(argument, _pit(_kvm(call)).pack()[:_COUNTERS_SIZE])
+    await call.client.memory.copy_to_user(argument, pit_of(call.kvm).pack()[:_COUNTERS_SIZE])
     return 0
 
 
 async def _set_pit(call: Call, argument: int) -> int:
     data = await call.client.memory.copy_from_user(argument, _COUNTERS_SIZE)
-    pit = _pit(_kvm(call))
+    pit = pit_of(call.kvm)
     pit.unpack(data + pit.pack()[_COUNTERS_SIZE:])
     return 0
 
 
 async def _get_pit2(call: Call, argument: int) -> int:
-    await call.client.memory.copy_to_user(argument, _pit(_kvm(call)).pack())
+    await call.client.memory.copy_to_user(argument, pit_of(call.kvm).pack())
     return 0
 
 
 async def _set_pit2(call: Call, argument: int) -> int:
     data = await call.client.memory.copy_from_user(argument, PIT_STATE_SIZE)
-    _pit(_kvm(call)).unpack(data)
+    pit_of(call.kvm).unpack(data)
     return 0
 
 
 async def _reinject_control(call: Call, argument: int) -> int:
     """struct kvm_reinject_control: pit_reinject is its first byte."""
     data = await call.client.memory.copy_from_user(argument, 32)
-    _pit(_kvm(call)).set_reinject(bool(data[0]))
+    pit_of(call.kvm).set_reinject(bool(data[0]))
     return 0
 
 
@@ -200,27 +122,21 @@ async def _reinject_control(call: Call, argument: int) -> int:
 async def _irq_line(call: Call, argument: int) -> int:
     """KVM_IRQ_LINE. Raises: Refusal ENXIO `irqchip.none`."""
     gsi, level = _IRQ_LEVEL.unpack(await call.client.memory.copy_from_user(argument, _IRQ_LEVEL.size))
-    _any_irqchip(_kvm(call)).set_irq(gsi, USERSPACE_SOURCE, bool(level))
+    any_irqchip(call.kvm).set_irq(gsi, USERSPACE_SOURCE, bool(level))
     return 0
 
 
 async def _irq_line_status(call: Call, argument: int) -> int:
     """And how many interrupts came of it, in the place of the GSI."""
     gsi, level = _IRQ_LEVEL.unpack(await call.client.memory.copy_from_user(argument, _IRQ_LEVEL.size))
-    status = _any_irqchip(_kvm(call)).set_irq(gsi, USERSPACE_SOURCE, bool(level))
+    status = any_irqchip(call.kvm).set_irq(gsi, USERSPACE_SOURCE, bool(level))
     await call.client.memory.copy_to_user(argument, _IRQ_LEVEL.pack(status & 0xFFFF_FFFF, level))
     return 0
 
 
-def _any_irqchip(kvm: Kvm) -> IrqChip:
-    if kvm.irqchip is None:
-        raise Refusal(errno.ENXIO, "irqchip.none", vm=kvm.number)
-    return kvm.irqchip
-
-
 async def _set_gsi_routing(call: Call, argument: int) -> int:
     """Raises: Refusal EINVAL `routing.no_irqchip`, `routing.table`; as parse_routes."""
-    memory, kvm = call.client.memory, _kvm(call)
+    memory, kvm = call.client.memory, call.kvm
     count, flags = _ROUTING_HEAD.unpack(await memory.copy_from_user(argument, _ROUTING_HEAD.size))
     if kvm.irqchip is None:
         raise Refusal(errno.EINVAL, "routing.no_irqchip", vm=kvm.number)
@@ -238,7 +154,7 @@ async def _signal_msi(call: Call, argument: int) -> int:
     Raises: Refusal EINVAL `msi.no_irqchip`, `msi.flags`, `msi.address`; EPERM `msi.nobody`: there is no APIC yet.
     """
     low, high, data, flags, _ = _MSI.unpack(await call.client.memory.copy_from_user(argument, _MSI.size))
-    kvm = _kvm(call)
+    kvm = call.kvm
     if kvm.irqchip is None:
         raise Refusal(errno.EINVAL, "msi.no_irqchip", vm=kvm.number)
     if flags & ~_MSI_VALID_DEVID:
@@ -256,9 +172,9 @@ async def _signal_msi(call: Call, argument: int) -> int:
 
 async def _get_clock(call: Call, argument: int) -> int:
     """kvmclock, and what it was read against."""
-    kvm = _kvm(call)
+    kvm = call.kvm
     now, realtime, host_tsc = kvm.clock.now(), time.time_ns(), time.monotonic_ns() * TSC_KHZ // 1_000_000
-    await call.client.memory.copy_to_user(argument, _CLOCK.pack(now, _CLOCK_FLAGS, 0, realtime, host_tsc))
+    await call.client.memory.copy_to_user(argument, _CLOCK.pack(now, kvmclock.CLOCK_FLAGS, 0, realtime, host_tsc))
     return 0
 
 
@@ -267,7 +183,7 @@ async def _set_clock(call: Call, argument: int) -> int:
     clock, flags, _, realtime, _ = _CLOCK.unpack(await call.client.memory.copy_from_user(argument, _CLOCK.size))
     if flags & ~kvmclock.FLAG_REALTIME:
         raise Refusal(errno.EINVAL, "ioctl.argument", flags=flags)
-    kvm = _kvm(call)
+    kvm = call.kvm
     kvm.clock.set(clock + (max(0, time.time_ns() - realtime) if flags else 0))
     for vcpu in kvm.vcpus.values():
         vcpu.clock.is_stale = True

@@ -5,17 +5,16 @@ Source: arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_setup_mce, kvm_vcpu_ioctl_x86_set_
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 
+from guestmem.cpu.x86 import CR4_MCE
 from guestmem.kvm import mce
 from guestmem.kvm.vcpu import Vcpu
 from guestmem.serve.call import Call
-from guestmem.serve.vcpu_state import cpu
+from guestmem.serve.vcpu_state import inject_exception
 
 _CAPABILITY = struct.Struct("<Q")
 _MCE = struct.Struct("<QQQQB31x")  # status, addr, misc, mcg_status, bank
-_CR4_MCE = 1 << 6
 
 
 async def get_mce_cap_supported(call: Call, argument: int) -> int:
@@ -32,14 +31,8 @@ def setup_mce(vcpu: Vcpu, data: bytes) -> None:
 def set_mce(vcpu: Vcpu, data: bytes) -> None:
     """KVM_X86_SET_MCE. A guest that cannot take the #MC now is shut down. Raises: Refusal as MachineCheck.report."""
     cr4 = vcpu.engine.get_sregs().cr4
-    raises = vcpu.machine_check.report(mce.Report(*_MCE.unpack(data)), bool(cr4 & _CR4_MCE))
+    raises = vcpu.machine_check.report(mce.Report(*_MCE.unpack(data)), bool(cr4 & CR4_MCE))
     if raises is None:
         vcpu.triple_fault = True
     elif raises:
-        events = cpu(vcpu).get_events()
-        cpu(vcpu).set_events(
-            dataclasses.replace(events, exception_injected=True, exception_nr=mce.VECTOR, exception_error_code=None)
-        )
-
-
-SIZES = _CAPABILITY.size, _MCE.size
+        inject_exception(vcpu, mce.VECTOR)

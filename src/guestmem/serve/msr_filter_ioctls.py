@@ -9,7 +9,6 @@ from guestmem.kvm import msr_access
 from guestmem.kvm.msr_filter import MAX_BITMAP, MAX_RANGES, READ, WRITE, MsrFilter, MsrRange
 from guestmem.kvm.vm import Kvm
 from guestmem.serve.call import Call
-from guestmem.serve.files import VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 
@@ -21,7 +20,6 @@ _DEFAULT_DENY = 1
 
 async def set_msr_filter(call: Call, argument: int) -> int:
     """Raises: Refusal EINVAL `msr_filter.flags`, `msr_filter.denies_all`, `msr_filter.range`; EFAULT."""
-    assert isinstance(call.file, VmFile)
     data = await call.client.memory.copy_from_user(argument, _SIZE)
     (flags,) = _FLAGS.unpack_from(data)
     entries = [entry for entry in _RANGE.iter_unpack(data[_FLAGS.size :]) if entry[1]]
@@ -30,7 +28,7 @@ async def set_msr_filter(call: Call, argument: int) -> int:
     if flags & _DEFAULT_DENY and not entries:
         raise Refusal(errno.EINVAL, "msr_filter.denies_all")
     ranges = [await _range(call, *entry) for entry in entries]
-    kvm = call.file.kvm
+    kvm = call.kvm
     async with kvm.lock:
         kvm.msr_filter = MsrFilter(tuple(ranges), not flags & _DEFAULT_DENY)
         _update(kvm)

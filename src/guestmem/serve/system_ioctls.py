@@ -6,6 +6,7 @@ Source: virt/kvm/kvm_main.c kvm_dev_ioctl; arch/x86/kvm/x86.c kvm_arch_dev_ioctl
 from __future__ import annotations
 
 import errno
+import itertools
 import struct
 
 from guestmem.arch.snp import C_BIT
@@ -19,6 +20,7 @@ from guestmem.serve.call import Call
 from guestmem.serve.cpuid_list import write_cpuid
 from guestmem.serve.files import VmFile
 from guestmem.serve.mce_ioctls import get_mce_cap_supported
+from guestmem.serve.msr_list import read_msrs, write_msrs
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 from guestmem.uapi import sev
@@ -79,22 +81,10 @@ async def _get_msr_feature_index_list(call: Call, argument: int) -> int:
 
 
 async def _get_feature_msrs(call: Call, argument: int) -> int:
-    """KVM_GET_MSRS of /dev/kvm: how many were read, the first that is no feature ends it.
-
-    Raises: Refusal E2BIG `list.too_long`.
-    """
-    memory = call.client.memory
-    count, _ = _MSRS_HEADER.unpack(await memory.copy_from_user(argument, _MSRS_HEADER.size))
-    if count >= _MAX_MSRS:
-        raise Refusal(errno.E2BIG, "list.too_long", count=count, limit=_MAX_MSRS)
-    asked = _MSR.iter_unpack(await memory.copy_from_user(argument + _MSRS_HEADER.size, count * _MSR.size))
-    found = b""
-    for index, _, _ in asked:
-        if index not in _FEATURE_MSRS:
-            break
-        found += _MSR.pack(index, 0, _FEATURE_MSRS[index])
-    await memory.copy_to_user(argument + _MSRS_HEADER.size, found)
-    return len(found) // _MSR.size
+    """KVM_GET_MSRS of /dev/kvm: how many were read, the first that is no feature ends it."""
+    asked = (index for index, _ in await read_msrs(call, argument))
+    found = itertools.takewhile(_FEATURE_MSRS.__contains__, asked)
+    return await write_msrs(call, argument, ((index, _FEATURE_MSRS[index]) for index in found))
 
 
 async def _get_device_attr(call: Call, argument: int) -> int:
@@ -122,9 +112,6 @@ def _device_attr(call: Call, group: int, attribute: int) -> int:
     return value
 
 
-_MSRS_HEADER = struct.Struct("<II")
-_MSR = struct.Struct("<IIQ")
-_MAX_MSRS = 256
 _FEATURE_MSRS = {
     0x8B: 0x0100_0065,  # UCODE_REV, as svm_init has it
     0x10A: 0,  # ARCH_CAPABILITIES: a CPU in software has no such faults, and says so by other means

@@ -9,15 +9,13 @@ import errno
 
 from guestmem.cpu.msrs import TSC_KHZ
 from guestmem.serve.call import Call
-from guestmem.serve.files import VmFile
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 
 
 async def _set_default(call: Call, khz: int) -> int:
     """What new vCPUs are asked to have. KVM does not say if they cannot. Raises: Refusal EINVAL `vm.has_vcpus`."""
-    assert isinstance(call.file, VmFile)
-    kvm = call.file.kvm
+    kvm = call.kvm
     if kvm.created_vcpus:
         raise Refusal(errno.EINVAL, "vm.has_vcpus", vcpus=kvm.created_vcpus)
     kvm.default_tsc_khz = khz
@@ -25,8 +23,7 @@ async def _set_default(call: Call, khz: int) -> int:
 
 
 async def _get_default(call: Call, argument: int) -> int:
-    assert isinstance(call.file, VmFile)
-    return call.file.kvm.default_tsc_khz or TSC_KHZ
+    return call.kvm.default_tsc_khz or TSC_KHZ
 
 
 async def _set(call: Call, khz: int) -> int:

@@ -19,12 +19,10 @@ from guestmem.serve.call import Call, CallFiles, KvmCaller
 from guestmem.serve.cpuid_list import read_cpuid, write_cpuid
 from guestmem.serve.enable_cap import enable_vcpu_cap
 from guestmem.serve.files import VcpuFile
+from guestmem.serve.msr_list import read_msrs, write_msrs
 from guestmem.trace import Refusal
 from guestmem.uapi import kvm as uapi
 
-_MSRS_HEADER = struct.Struct("<II")
-_MSR = struct.Struct("<IIQ")
-_MAX_MSRS = 256
 _MP_STATES = (
     uapi.KVM_MP_STATE_RUNNABLE,
     uapi.KVM_MP_STATE_UNINITIALIZED,
@@ -125,35 +123,22 @@ async def _get_cpuid2(call: Call, argument: int) -> int:
     return 0
 
 
-async def _msr_list(call: Call, argument: int) -> list[tuple[int, int]]:
-    """struct kvm_msrs. Raises: Refusal E2BIG `list.too_long`."""
-    memory = call.client.memory
-    count, _ = _MSRS_HEADER.unpack(await memory.copy_from_user(argument, _MSRS_HEADER.size))
-    if count >= _MAX_MSRS:
-        raise Refusal(errno.E2BIG, "list.too_long", count=count, limit=_MAX_MSRS)
-    data = await memory.copy_from_user(argument + _MSRS_HEADER.size, count * _MSR.size)
-    return [(index, value) for index, _, value in _MSR.iter_unpack(data)]
-
-
 async def _get_msrs(call: Call, argument: int) -> int:
     """How many were read: the first that is unknown ends it."""
-    asked = await _msr_list(call, argument)
+    asked = await read_msrs(call, argument)
     vcpu = _file(call).vcpu
-    found = b""
-    done = 0
+    found = []
     async with vcpu.mutex:
         for index, _ in asked:
             value = get_msr(vcpu, index)
             if value is None:
                 break
-            found += _MSR.pack(index, 0, value)
-            done += 1
-    await call.client.memory.copy_to_user(argument + _MSRS_HEADER.size, found)
-    return done
+            found.append((index, value))
+    return await write_msrs(call, argument, found)
 
 
 async def _set_msrs(call: Call, argument: int) -> int:
-    wanted = await _msr_list(call, argument)
+    wanted = await read_msrs(call, argument)
     vcpu = _file(call).vcpu
     async with vcpu.mutex:
         for done, (index, value) in enumerate(wanted):

@@ -5,15 +5,17 @@ Each pair converts between bytes and what the engine has; a value that the CPU w
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import struct
 from typing import cast
 
 from guestmem.cpu.engine import CpuState
+from guestmem.cpu.msrs import APIC_BASE
 from guestmem.cpu.registers import DebugRegisters, DescriptorTable, Events, Regs, Segment, Sregs
+from guestmem.cpu.x86 import CR0_PG, CR4_PAE, EFER_LMA, EFER_LME
 from guestmem.kvm.irqchip import lapic_page
 from guestmem.kvm.vcpu import Vcpu
-from guestmem.kvm.vcpu_msrs import APIC_BASE
 from guestmem.serve.kvm_run import KvmRun
 from guestmem.trace import Refusal
 
@@ -27,7 +29,6 @@ _EVENTS = struct.Struct("<4BI4B3BxII4BB26xBQ")
 _XCRS = struct.Struct("<II")
 _XCR = struct.Struct("<IIQ")
 
-_CR0_PG, _CR4_PAE, _EFER_LME, _EFER_LMA = 1 << 31, 1 << 5, 1 << 8, 1 << 10
 _VALID_SMM, _VALID_PAYLOAD, _VALID_TRIPLE_FAULT = 1 << 3, 1 << 4, 1 << 5
 _VALID_SHADOW, _VALID_SIPI_VECTOR, _VALID_NMI_PENDING = 1 << 2, 1 << 1, 1 << 0
 
@@ -35,6 +36,13 @@ _VALID_SHADOW, _VALID_SIPI_VECTOR, _VALID_NMI_PENDING = 1 << 2, 1 << 1, 1 << 0
 def cpu(vcpu: Vcpu) -> CpuState:
     """The engine of a vCPU that is served is a real CPU, whose whole state can be had."""
     return cast(CpuState, vcpu.engine)
+
+
+def inject_exception(vcpu: Vcpu, vector: int) -> None:
+    """One without an error code, which the guest takes next."""
+    events = cpu(vcpu).get_events()
+    injected = dataclasses.replace(events, exception_injected=True, exception_nr=vector, exception_error_code=None)
+    cpu(vcpu).set_events(injected)
 
 
 def write_run_state(run: KvmRun, vcpu: Vcpu) -> None:
@@ -74,10 +82,10 @@ def set_sregs(vcpu: Vcpu, data: bytes) -> None:
     gdt, idt = (DescriptorTable(*_TABLE.unpack_from(data, at + place * _TABLE.size)) for place in (0, 1))
     cr0, cr2, cr3, cr4, cr8, efer, apic_base = _CONTROL.unpack_from(data, at + 2 * _TABLE.size)
     cs = segments["cs"]
-    if cr0 & _CR0_PG and efer & _EFER_LME:
-        valid = bool(cr4 & _CR4_PAE and efer & _EFER_LMA)
+    if cr0 & CR0_PG and efer & EFER_LME:
+        valid = bool(cr4 & CR4_PAE and efer & EFER_LMA)
     else:
-        valid = not (efer & _EFER_LMA or cs.l)
+        valid = not (efer & EFER_LMA or cs.l)
     if not valid:
         raise Refusal(errno.EINVAL, "sregs.invalid", cr0=cr0, cr4=cr4, efer=efer, cs_l=cs.l)
     if vcpu.lapic is not None and not vcpu.lapic.set_base(apic_base, from_guest=False):

@@ -7,12 +7,13 @@ kvm_arch_vm_ioctl.
 from __future__ import annotations
 
 import errno
+import functools
 import struct
+from collections.abc import Awaitable, Callable
 
 from guestmem.kvm.dirty_log import clear_dirty_log, get_dirty_log
-from guestmem.kvm.ioctl import VM_IOCTLS, built_request, check_vcpu_creation
+from guestmem.kvm.ioctl import VM_IOCTLS, check_vcpu_creation
 from guestmem.kvm.vcpu import create_vcpu
-from guestmem.kvm.vm import Kvm
 from guestmem.serve import capabilities, io_devices, irqchip_ioctls, kvm_devices, msr_filter_ioctls, tsc_ioctls
 from guestmem.serve.call import Call, CallFiles, KvmCaller
 from guestmem.serve.enable_cap import enable_vm_cap
@@ -27,13 +28,8 @@ _MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
 _LAST_TSS = (1 << 32) - 3 * 4096
 
 
-def _kvm(call: Call) -> Kvm:
-    assert isinstance(call.file, VmFile)
-    return call.file.kvm
-
-
 async def _check_extension(call: Call, number: int) -> int:
-    kvm = _kvm(call)
+    kvm = call.kvm
     answer = capabilities.check_extension(kvm.level, kvm, number)
     call.server.report.capability(number, answer)
     return answer
@@ -41,13 +37,13 @@ async def _check_extension(call: Call, number: int) -> int:
 
 async def _create_vcpu(call: Call, number: int) -> int:
     """Raises: Refusal EINVAL `vcpu.number`, `vcpu.too_many`; as check_vcpu_creation; EEXIST `vcpu.exists`."""
-    kvm = _kvm(call)
+    kvm = call.kvm
     if number >= kvm.max_vcpu_ids:
         raise Refusal(errno.EINVAL, "vcpu.number", vcpu=number, limit=kvm.max_vcpu_ids)
     if kvm.created_vcpus >= uapi.KVM_MAX_VCPUS:
         raise Refusal(errno.EINVAL, "vcpu.too_many", vcpus=kvm.created_vcpus)
     check_vcpu_creation(kvm)
-    file = VcpuFile(call.client, await create_vcpu(_kvm(call), number))
+    file = VcpuFile(call.client, await create_vcpu(call.kvm, number))
     assert isinstance(call.file, VmFile)
     if call.file.ring.run is None:
         call.file.ring.run = file.run
@@ -57,10 +53,9 @@ async def _create_vcpu(call: Call, number: int) -> int:
 # Memory
 
 
-async def _memory(call: Call, argument: int) -> int:
+async def _memory(request: int, call: Call, argument: int) -> int:
     """What `kvm` does as it is. A descriptor in the argument is looked up before, which takes the client."""
     memory, files = call.client.memory, CallFiles(call)
-    request = built_request(_kvm(call), call.request.a & 0xFFFF_FFFF, "VM")
     if request == uapi.KVM_SET_USER_MEMORY_REGION2:
         data = await memory.copy_from_user(argument, UserspaceMemoryRegion2.SIZE)
         region = UserspaceMemoryRegion2.unpack(data)
@@ -69,12 +64,12 @@ async def _memory(call: Call, argument: int) -> int:
     elif request == uapi.KVM_LINK_GUEST_MEMFD:
         data = await memory.copy_from_user(argument, LinkGuestMemfd.SIZE)
         await files.look_up_to_link(LinkGuestMemfd.unpack(data).fd & 0xFFFF_FFFF)
-    return await VM_IOCTLS[request](KvmCaller(memory, files), _kvm(call), argument)
+    return await VM_IOCTLS[request](KvmCaller(memory, files), call.kvm, argument)
 
 
 async def _get_dirty_log(call: Call, argument: int) -> int:
     slot, _, bitmap = _DIRTY_LOG.unpack(await call.client.memory.copy_from_user(argument, _DIRTY_LOG.size))
-    await call.client.memory.copy_to_user(bitmap, await get_dirty_log(_kvm(call), slot))
+    await call.client.memory.copy_to_user(bitmap, await get_dirty_log(call.kvm, slot))
     return 0
 
 
@@ -83,7 +78,7 @@ async def _clear_dirty_log(call: Call, argument: int) -> int:
     slot, pages, first, bitmap = _CLEAR_DIRTY_LOG.unpack(await memory.copy_from_user(argument, _CLEAR_DIRTY_LOG.size))
     if first % 64 or pages > uapi.KVM_MEM_MAX_NR_PAGES:
         raise Refusal(errno.EINVAL, "dirty_log.range", first=first, pages=pages)
-    await clear_dirty_log(_kvm(call), slot, first, pages, await memory.copy_from_user(bitmap, -(-pages // 64) * 8))
+    await clear_dirty_log(call.kvm, slot, first, pages, await memory.copy_from_user(bitmap, -(-pages // 64) * 8))
     return 0
 
 
@@ -100,8 +95,8 @@ async def _set_tss_addr(call: Call, address: int) -> int:
 async def _set_identity_map_addr(call: Call, argument: int) -> int:
     """Likewise a page table. Raises: Refusal EINVAL `vm.has_vcpus`."""
     await call.client.memory.copy_from_user(argument, 8)
-    if _kvm(call).created_vcpus:
-        raise Refusal(errno.EINVAL, "vm.has_vcpus", vcpus=_kvm(call).created_vcpus)
+    if call.kvm.created_vcpus:
+        raise Refusal(errno.EINVAL, "vm.has_vcpus", vcpus=call.kvm.created_vcpus)
     return 0
 
 
@@ -112,8 +107,8 @@ async def _set_nr_mmu_pages(call: Call, pages: int) -> int:
     return 0
 
 
-TABLE = {
-    **dict.fromkeys(VM_IOCTLS, _memory),
+TABLE: dict[int, Callable[[Call, int], Awaitable[int]]] = {
+    **{request: functools.partial(_memory, request) for request in VM_IOCTLS},
     **irqchip_ioctls.TABLE,
     **msr_filter_ioctls.TABLE,
     **tsc_ioctls.OF_A_VM,

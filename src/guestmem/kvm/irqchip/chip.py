@@ -32,6 +32,7 @@ from guestmem.sched import Timers
 USERSPACE_SOURCE, RESAMPLE_SOURCE, PIT_SOURCE = 0, 1, 2
 """Who drives a line: KVM_IRQ_LINE and irqfd, an irqfd with resampling, the PIT."""
 X2APIC_32_BIT_IDS, X2APIC_NO_BROADCAST_QUIRK, X2APIC_SUPPRESS_EOI, X2APIC_NO_SUPPRESS_EOI = 1, 2, 4, 8
+X2APIC_API = X2APIC_32_BIT_IDS | X2APIC_NO_BROADCAST_QUIRK | X2APIC_SUPPRESS_EOI | X2APIC_NO_SUPPRESS_EOI
 """Flags of KVM_CAP_X2APIC_API."""
 STATE_SIZE = 512
 """Of the union in struct kvm_irqchip."""

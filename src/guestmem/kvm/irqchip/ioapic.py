@@ -29,7 +29,6 @@ _DESTINATION_SHIFT = 56
 STORM, STORM_DELAY_NS = 10_000, 10_000_000
 """EOIs of one pin at which its next interrupt is delayed. Source: IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT."""
 _STATE = struct.Struct("<QIIII24Q")  # base_address, ioregsel, id, irr, pad, redirtbl
-STATE_SIZE = _STATE.size
 
 
 class PinListener(Protocol):

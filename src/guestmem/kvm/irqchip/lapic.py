@@ -89,7 +89,7 @@ class Lapic:
         self.svr = 0xFF
         self.tpr = self.esr = self.icr = 0
         self.irr = self.isr = self.tmr = 0
-        self._set_divide(0)
+        self.set_divide(0)
         self._bus.ids_changed()
 
     def restored(self) -> None:
@@ -269,7 +269,7 @@ class Lapic:
             case reg.INITIAL_COUNT:
                 self.timer.set_initial_count(value)
             case reg.DIVIDE:
-                self._set_divide(value & 0xB)
+                self.set_divide(value)
             case reg.SVR:
                 self._set_svr(value)
             case reg.ESR:
@@ -321,9 +321,10 @@ class Lapic:
         elif entry == reg.LVT0:
             self._cpu.kick()
 
-    def _set_divide(self, value: int) -> None:
-        self.divide = value
-        self.timer.set_divide(value)
+    def set_divide(self, value: int) -> None:
+        """The divide configuration register: bits 0, 1 and 3."""
+        self.divide = value & 0xB
+        self.timer.set_divide(self.divide)
 
     def end_of_interrupt(self) -> None:
         """The highest in service is done; the IOAPIC hears of it unless software has it broadcast no EOI. Source:

@@ -47,8 +47,7 @@ def unpack(lapic: Lapic, page: bytes, has_32_bit_ids: bool) -> bool:
         setattr(lapic, name, sum(word << 32 * place for place, word in enumerate(words)))
     lapic.lvt = {entry: _get(page, entry) for entry in lapic.lvt}
     lapic.timer.set_mode(TimerMode(lapic.lvt[reg.LVT_TIMER] >> reg.TIMER_MODE_SHIFT & 3))
-    lapic.divide = _get(page, reg.DIVIDE) & 0xB
-    lapic.timer.set_divide(lapic.divide)
+    lapic.set_divide(_get(page, reg.DIVIDE))
     lapic.timer.restore(_get(page, reg.INITIAL_COUNT), _get(page, reg.CURRENT_COUNT))
     lapic.restored()
     return True

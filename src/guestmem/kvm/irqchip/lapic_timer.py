@@ -18,7 +18,6 @@ from guestmem.sched import Timers
 
 MIN_PERIOD_NS = 200_000
 """Of a periodic timer: the module parameter min_timer_period_us."""
-_MASK_64 = (1 << 64) - 1
 
 
 class TimerMode(enum.IntEnum):

@@ -20,7 +20,6 @@ _SPURIOUS = 7
 _ICW1, _ICW1_NEEDS_ICW4 = 1 << 4, 1 << 0
 _OCW3, _OCW3_POLL, _OCW3_READ, _OCW3_SPECIAL_MASK = 1 << 3, 1 << 2, 1 << 1, 1 << 6
 _STATE = struct.Struct("<16B")
-STATE_SIZE = _STATE.size
 _FIELDS = (
     "last_irr", "irr", "imr", "isr", "priority_add", "base", "reads_isr", "poll", "special_mask", "init_state",
     "auto_eoi", "rotate_on_auto_eoi", "special_fully_nested", "needs_icw4", "elcr", "elcr_mask",

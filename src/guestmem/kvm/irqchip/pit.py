@@ -14,6 +14,7 @@ import functools
 import struct
 from collections.abc import Callable
 
+from guestmem.kvm.irqchip.lapic_timer import MIN_PERIOD_NS
 from guestmem.kvm.irqchip.pit_counter import FREQUENCY, NSEC_PER_SEC, PitCounter
 from guestmem.kvm.irqchip.pit_counter import STATE_SIZE as COUNTER_SIZE
 from guestmem.sched import Timers
@@ -22,7 +23,6 @@ IRQ = 0
 PORTS, SPEAKER_PORT = range(0x40, 0x44), 0x61
 FLAG_HPET_LEGACY, FLAG_SPEAKER_DATA_ON = 1 << 0, 1 << 1
 STATE_SIZE = 3 * COUNTER_SIZE + 40
-_MIN_PERIOD_NS = 200_000
 _PERIODIC, _ONE_SHOT = (2, 3), (0, 1, 4)
 _FLAGS = struct.Struct("<I36x")
 
@@ -115,7 +115,7 @@ class Pit:
         self._forget_ticks()
         self._period = counter.count * NSEC_PER_SEC // FREQUENCY
         if counter.mode in _PERIODIC:
-            self._period = max(self._period, _MIN_PERIOD_NS)
+            self._period = max(self._period, MIN_PERIOD_NS)
         self._start(self._timers.now() + self._period)
 
     def _start(self, deadline: int) -> None:
