@@ -203,13 +203,11 @@ def execute(command: Sequence[str], timeout: float) -> Outcome:
 def excuse(program: Program, outcome: Outcome) -> Outcome:
     """What a program with a known lack came to: a skip that says it. That it passes is a problem: the lack is gone. So
     is what no lack explains: a hang, a signal, processes left behind."""
-    if outcome.problem.startswith("exit code"):
+    if outcome.problem.startswith(("exit code", "declined")):
         return replace(outcome, problem="", skip=program.lacks, output="")
-    return (
-        outcome
-        if outcome.skip or outcome.problem
-        else replace(outcome, problem=f"passes, and is listed as: {program.lacks}")
-    )
+    if outcome.skip or outcome.problem:
+        return outcome
+    return replace(outcome, problem=f"passes, and is listed as: {program.lacks}")
 
 
 def describe(code: int) -> str:

@@ -107,5 +107,8 @@ def test_no_huge_pages_wanted_touches_nothing(tmp_path: Path, monkeypatch: pytes
 def test_a_known_lack_is_a_skip_and_passing_is_a_problem() -> None:
     program = Program("any", lacks="no such thing")
     assert run.excuse(program, Outcome(problem="exit code 254")) == Outcome(skip="no such thing")
+    assert run.excuse(program, Outcome(problem="declined: no SEV")).skip == "no such thing"
+    for unexplained in ("no end within 60 s", "killed by SIGSEGV", "left processes behind after 2 s"):
+        assert run.excuse(program, Outcome(problem=unexplained)).problem == unexplained
     assert "no such thing" in run.excuse(program, Outcome()).problem
     assert run.excuse(program, Outcome(skip="not built")).skip == "not built"
